@@ -1,0 +1,1134 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "fastapi>=0.164.0",
+#     "uvicorn[standard]>=0.50.0",
+#     "pydantic>=2.9.0",
+#     "structlog>=23.1.0",
+#     "prometheus-client>=0.20.0",
+# ]
+# ///
+"""A WebSocket message server with an HTTP admin API, in one file.
+
+Copy this file into a project and run ``uvicorn datadivr:app``. Clients connect to ``/ws`` and send JSON messages
+to ``all``, to ``others`` or to one client's id. A handler registered for a message's event answers it; a message
+without a handler is relayed as it is::
+
+    from datadivr import WebSocketMessage, app, websocket_handler
+
+    @websocket_handler("greet")
+    async def greet(message: WebSocketMessage) -> WebSocketMessage:
+        return WebSocketMessage(event_name="greeting", payload="hello", to=message.from_id)
+
+Settings are environment variables; one that is empty counts as not set:
+
+==================================== =========== ==================================================================
+DATADIVR_ADMIN_TOKEN                 random      bearer token of the admin API; a random one is logged at the start
+DATADIVR_CLIENT_TOKEN                none        bearer token that clients must bring
+DATADIVR_ALLOWED_ORIGINS             none        comma-separated origins, besides the server's own; ``*`` allows any
+DATADIVR_MAX_MESSAGE_BYTES           1048576     longest message, in bytes of UTF-8
+DATADIVR_MAX_MESSAGES_PER_SECOND     0           messages a second from one client; 0 is no limit
+DATADIVR_MAX_CLIENTS                 0           clients connected at once; 0 is no limit
+DATADIVR_MAX_BUFFER_BYTES            4194304     bytes unsent to one client, above which it is dropped
+DATADIVR_PROTECT_METRICS             false       whether ``/metrics`` asks for the admin token
+DATADIVR_LOG_LEVEL                   INFO        DEBUG, INFO, WARNING, ERROR or CRITICAL
+DATADIVR_LOG_FORMAT                  console     console or json
+==================================== =========== ==================================================================
+"""
+
+import argparse
+import asyncio
+import functools
+import hmac
+import inspect
+import logging
+import math
+import os
+import secrets
+import struct
+import sys
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from contextlib import asynccontextmanager, suppress
+from datetime import UTC, datetime
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, Literal, Protocol, TypeVar
+from urllib.parse import urlsplit
+
+import structlog
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Request, Response, WebSocket
+from fastapi.concurrency import run_in_threadpool
+from fastapi.exceptions import RequestValidationError
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from prometheus_client import REGISTRY, Counter, Gauge, Histogram
+from prometheus_client.exposition import choose_encoder
+from pydantic import BaseModel, BeforeValidator, Field, NonNegativeInt, PositiveInt, ValidationError
+from starlette.types import Message, Receive, Scope, Send
+
+__version__ = "1.0.0"
+
+# ---- Settings --------------------------------------------------------------------------------------------------------
+
+# RFC 9110, 5.6.2: what an Authorization header and a WebSocket subprotocol can both carry.
+Token = Annotated[str, Field(pattern=r"^[!#$%&'*+.^_`|~0-9A-Za-z-]+$")]
+Origin = Annotated[str, Field(pattern=r"^(\*|null|[a-z][a-z0-9+.-]*://[^/?#@]+)$")]
+
+
+class Settings(BaseModel):
+    """The limits and secrets of one process; the table at the head of this file says what each is."""
+
+    admin_token: Token | None = None
+    client_token: Token | None = None
+    allowed_origins: Annotated[
+        tuple[Origin, ...], BeforeValidator(lambda text: text.lower().replace(" ", "").split(","))
+    ] = ()
+    max_message_bytes: PositiveInt = 1024 * 1024
+    max_messages_per_second: NonNegativeInt = 0
+    max_clients: NonNegativeInt = 0
+    max_buffer_bytes: PositiveInt = 4 * 1024 * 1024
+    protect_metrics: bool = False
+    log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"], BeforeValidator(str.upper)] = "INFO"
+    log_format: Annotated[Literal["console", "json"], BeforeValidator(str.lower)] = "console"
+
+
+def read_settings(environ: Mapping[str, str]) -> Settings:
+    """Read the settings from `DATADIVR_*` variables.
+
+    Raises:
+        ValueError: names each variable that is wrong, what was expected, and what came, but for a token's value.
+
+    """
+    values = {name: value for name in Settings.model_fields if (value := environ.get(f"DATADIVR_{name.upper()}"))}
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        wrong = []
+        for detail in error.errors():
+            name = str(detail["loc"][0])
+            came = "" if name.endswith("token") else f" (it is {values[name]!r})"
+            wrong.append(f"DATADIVR_{name.upper()}: {detail['msg']}{came}")
+        raise ValueError("; ".join(wrong)) from None
+
+
+settings = read_settings(os.environ)
+logger = structlog.get_logger("datadivr")
+
+if not structlog.is_configured():
+    _plain = structlog.dev.plain_traceback  # the default formatter shows local variables, and so payloads
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            *(
+                [structlog.dev.ConsoleRenderer(colors=sys.stdout.isatty(), exception_formatter=_plain)]
+                if settings.log_format == "console"
+                else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+            ),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[settings.log_level]),
+    )
+
+
+# ---- Messages --------------------------------------------------------------------------------------------------------
+
+EventName = Annotated[str, Field(min_length=1, max_length=128)]
+UnreservedEventName = Annotated[EventName, Field(pattern=r"^[^$]")]
+ModelT = TypeVar("ModelT", bound=BaseModel)
+
+
+class InvalidMessageFormat(ValueError):  # noqa: N818  # a promised name
+    """Raised for text or bytes that are not a message; says which field is wrong and what was expected."""
+
+
+class WebSocketMessage(BaseModel):
+    """One message, as it goes over the wire in JSON.
+
+    Attributes:
+        event_name: 1 to 128 characters; names that begin with ``$`` are the server's own.
+        payload: anything that JSON can hold. Numbers that JSON has no name for (NaN, infinity) go out as null.
+        to: ``all``, ``others`` (everybody but the client whose message is being handled), or one client's id.
+        from_id: the sender's id, or ``server``.
+        message: a sentence for people, or None.
+
+    """
+
+    event_name: EventName
+    payload: Any = None
+    to: str = "others"
+    from_id: str = "server"
+    message: str | None = None
+
+
+class ClientMessage(WebSocketMessage):
+    """What a client may send."""
+
+    event_name: UnreservedEventName
+
+
+def create_message(event_name: str, payload: Any, to: str, message: str | None = None) -> WebSocketMessage:
+    """Make a message from the server."""
+    return WebSocketMessage(event_name=event_name, payload=payload, to=to, message=message)
+
+
+def create_error_message(error_msg: str, to: str, code: str = "error") -> WebSocketMessage:
+    """Make an `error` message: a sentence for people in `message`, a `code` for programs in `payload`."""
+    return create_message("error", {"code": code}, to, error_msg)
+
+
+def parse(data: str | bytes, model: type[ModelT]) -> ModelT:
+    """Make a `model` from JSON.
+
+    Raises:
+        ValidationError: see `describe`.
+
+    """
+    return model.__pydantic_validator__.validate_json(data)  # type: ignore[no-any-return]
+
+
+def describe(error: ValidationError) -> str:
+    """Say which fields are wrong and what was expected, without the input."""
+    return "; ".join(
+        f"{'.'.join(map(str, detail['loc'])) or 'message'}: {detail['msg']}"
+        for detail in error.errors(include_input=False, include_url=False)
+    )
+
+
+def encode(message: WebSocketMessage) -> bytes:
+    """Make the JSON that goes over the wire, with all five keys.
+
+    Raises:
+        PydanticSerializationError: the payload holds something that JSON cannot.
+
+    """
+    return WebSocketMessage.__pydantic_serializer__.to_json(message)
+
+
+# ---- Handlers --------------------------------------------------------------------------------------------------------
+
+Answer = WebSocketMessage | None
+Handler = Callable[[WebSocketMessage], Answer | Awaitable[Answer]]
+HandlerT = TypeVar("HandlerT", bound=Handler)
+
+
+class HandlerType(Enum):
+    """Where a handler runs. The server runs those of SERVER and BOTH; CLIENT is for clients written in Python."""
+
+    SERVER = "server"
+    CLIENT = "client"
+    BOTH = "both"
+
+
+_registry: dict[HandlerType, dict[str, Handler]] = {handler_type: {} for handler_type in HandlerType}
+
+
+def websocket_handler(
+    event_name: str, handler_type: HandlerType = HandlerType.SERVER
+) -> Callable[[HandlerT], HandlerT]:
+    """Register the decorated function for an event; the last registration of a name wins.
+
+    The function takes a `WebSocketMessage` and returns one, which goes to its `to`, or None. A coroutine function
+    runs in the event loop, a plain one in the thread pool. One client's messages are handled one after the other, so
+    a handler that takes long holds up its own client, and nobody else. The names `$connect` and `$disconnect` are for
+    clients that came and went.
+    """
+
+    def register(handler: HandlerT) -> HandlerT:
+        for kind in HandlerType if handler_type is HandlerType.BOTH else (handler_type,):
+            _registry[kind][event_name] = handler
+        return handler
+
+    return register
+
+
+def get_handlers(handler_type: HandlerType) -> dict[str, Handler]:
+    """Return a copy of the handlers of one type, by event name. Those of BOTH are among the other two types' too."""
+    return dict(_registry[handler_type])
+
+
+async def handle_msg(message: WebSocketMessage) -> Answer:
+    """Run the message's handler and return its answer. A message without a handler is its own answer.
+
+    Raises:
+        TypeError: the handler returned something that is neither a `WebSocketMessage` nor None.
+        Exception: whatever the handler raised.
+
+    """
+    handler = _registry[HandlerType.SERVER].get(message.event_name)
+    if handler is None:
+        return message
+    with handler_seconds.labels(message.event_name).time():
+        if inspect.iscoroutinefunction(handler) or inspect.iscoroutinefunction(type(handler).__call__):
+            result = handler(message)
+        else:
+            result = await run_in_threadpool(handler, message)
+        answer = await result if inspect.isawaitable(result) else result
+    if answer is not None and not isinstance(answer, WebSocketMessage):
+        raise TypeError(f"a handler returns a WebSocketMessage or None, not {type(answer).__name__}")
+    return answer
+
+
+@websocket_handler("whoami")
+async def whoami_handler(message: WebSocketMessage) -> WebSocketMessage:
+    """Tell the sender its own id."""
+    return create_message("whoami", message.from_id, message.from_id)
+
+
+@websocket_handler("sum_event")
+async def sum_handler(message: WebSocketMessage) -> WebSocketMessage:
+    """Answer `{"numbers": [...]}` with `sum_handler_result`: their sum, a float, correctly rounded (`math.fsum`)."""
+    try:
+        return create_message("sum_handler_result", _sum(message.payload), message.from_id)
+    except ValueError as error:
+        errors_total.labels("invalid_payload").inc()
+        return create_error_message(str(error), message.from_id, "invalid_payload")
+
+
+def _sum(payload: Any) -> float:
+    if not isinstance(payload, dict):
+        raise ValueError(f"payload: expected an object, got {type(payload).__name__}")
+    numbers = payload.get("numbers")
+    if not isinstance(numbers, list):
+        raise ValueError(f"payload.numbers: expected a list, got {type(numbers).__name__}")
+    floats = []
+    for index, number in enumerate(numbers):
+        try:
+            floats.append(float(number))
+        except (TypeError, ValueError, OverflowError):
+            raise ValueError(f"payload.numbers[{index}]: expected a number that a float can hold") from None
+    with suppress(ValueError, OverflowError):
+        if math.isfinite(total := math.fsum(floats)):
+            return total
+    raise ValueError("payload.numbers: expected a finite sum")
+
+
+# ---- Metrics ---------------------------------------------------------------------------------------------------------
+
+MetricT = TypeVar("MetricT", Counter, Gauge, Histogram)
+REASONS = "client admin slow_client keepalive message_too_big server_stop".split()
+ERROR_TYPES = (
+    "invalid_message invalid_payload unknown_recipient handler_error rate_limited message_too_big slow_client "
+    "origin_refused unauthorized too_many_clients"
+).split()
+NO_LABELS: Mapping[str, Iterable[str]] = {}
+
+
+def _metric(
+    kind: type[MetricT], name: str, documentation: str, labels: Mapping[str, Iterable[str]] = NO_LABELS
+) -> MetricT:
+    """Register a metric whose known label values start at 0, or share the one that another copy of this file made."""
+    try:
+        metric = kind(name, documentation, tuple(labels))
+    except ValueError:
+        metric = REGISTRY._names_to_collectors[name]  # type: ignore[assignment]  # there is no public way to get it
+    for values in labels.values():
+        for value in values:
+            metric.labels(value)
+    return metric
+
+
+clients_gauge = _metric(Gauge, "datadivr_clients", "Clients connected now.")
+connections_total = _metric(Counter, "datadivr_connections_total", "Clients that connected.")
+disconnections_total = _metric(
+    Counter, "datadivr_disconnections_total", "Clients that went, by reason.", {"reason": REASONS}
+)
+messages_received_total = _metric(Counter, "datadivr_messages_received_total", "Messages received from clients.")
+messages_sent_total = _metric(Counter, "datadivr_messages_sent_total", "Messages delivered, one a client.")
+bytes_sent_total = _metric(Counter, "datadivr_bytes_sent_total", "Bytes sent to clients in messages and their headers.")
+errors_total = _metric(Counter, "datadivr_errors_total", "Errors, by type.", {"type": ERROR_TYPES})
+handler_seconds = _metric(
+    Histogram, "datadivr_handler_seconds", "Seconds that a handler took.", {"event_name": _registry[HandlerType.SERVER]}
+)
+
+
+# ---- Clients ---------------------------------------------------------------------------------------------------------
+
+TEXT, CLOSE = 0x81, 0x88  # RFC 6455, 5.2: the first byte of a frame: FIN and the opcode
+CLOSE_SECONDS = 2.0  # what a client has to read what is unsent and to answer a close frame
+UVICORN_PROTOCOL = "uvicorn.protocols.websockets.websockets_sansio_impl.WebSocketsSansIOProtocol"
+
+
+def frame(payload: bytes, first: int = TEXT) -> bytes:
+    """Frame a payload as a server does, without a mask, so that every client gets the same bytes (RFC 6455, 5.2)."""
+    length = len(payload)
+    if length < 126:
+        return bytes((first, length)) + payload
+    if length < 65536:
+        return struct.pack("!BBH", first, 126, length) + payload
+    return struct.pack("!BBQ", first, 127, length) + payload
+
+
+def unframe(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Cut bytes that `frame` made back into first bytes and payloads."""
+    start = 0
+    while start < len(data):
+        first, length = data[start : start + 2]
+        start += 2
+        if length > 125:
+            size = 2 if length == 126 else 8
+            length = int.from_bytes(data[start : start + size])
+            start += size
+        yield first, data[start : start + length]
+        start += length
+
+
+class Transport(Protocol):
+    """The part of `asyncio.Transport` that carries frames to a client."""
+
+    def write(self, data: bytes, /) -> None: ...
+    def get_write_buffer_size(self) -> int: ...
+    def is_closing(self) -> bool: ...
+    def abort(self) -> None: ...
+
+
+class AsgiTransport:
+    """A `Transport` over ASGI's `send`, for servers and test clients that share none of their own.
+
+    It costs a task a client and a coroutine a message. A close frame ends `receive`, and the endpoint then closes the
+    WebSocket itself in `finish`: not every server sends a close that comes from another task.
+    """
+
+    def __init__(self, websocket: WebSocket, receive: Receive) -> None:
+        self._websocket = websocket
+        self._receive = receive
+        self._unsent = 0
+        self._queue: asyncio.Queue[bytes] = asyncio.Queue()
+        self._closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._close: tuple[int, str] | None = None
+        self._writer = asyncio.create_task(self._write())
+
+    def write(self, data: bytes, /) -> None:
+        self._unsent += len(data)
+        self._queue.put_nowait(data)
+
+    def get_write_buffer_size(self) -> int:
+        return self._unsent
+
+    def is_closing(self) -> bool:
+        return self._closed.done()
+
+    def abort(self) -> None:
+        if not self._closed.done():
+            self._closed.set_result(None)
+
+    async def _write(self) -> None:
+        try:
+            while True:
+                data = await self._queue.get()
+                for first, payload in unframe(data):
+                    if first == CLOSE:
+                        self._close = int.from_bytes(payload[:2]), payload[2:].decode()
+                        return
+                    await self._websocket.send_text(payload.decode())
+                self._unsent -= len(data)
+        except Exception as error:  # servers differ in what a send to a client that went raises
+            logger.debug("asgi_send_failed", error=repr(error))
+        finally:
+            self.abort()
+
+    async def receive(self) -> Message:
+        """Return the next ASGI message, or a disconnect once this side has closed."""
+        reader = asyncio.ensure_future(self._receive())
+        try:
+            await asyncio.wait((reader, self._closed), return_when=asyncio.FIRST_COMPLETED)
+            if reader.done():
+                return reader.result()
+            return {"type": "websocket.disconnect", "code": 1006}
+        finally:
+            reader.cancel()
+
+    async def finish(self) -> None:
+        """Stop writing; send the close frame that was written, if one was."""
+        self._writer.cancel()
+        self.abort()
+        if self._close:
+            with suppress(Exception):  # the client went meanwhile
+                await self._websocket.close(*self._close)
+
+
+@functools.cache
+def _warn_of_adapter(server: str) -> None:
+    logger.warning("fanout_through_asgi", server=server, hint=f"full speed needs {UVICORN_PROTOCOL}")
+
+
+def open_transport(websocket: WebSocket) -> tuple[Transport, Receive]:
+    """Return what carries frames to an accepted client, and what receives from it.
+
+    Under uvicorn `receive` is a bound method of its protocol object, which has the connection's transport.
+    """
+    receive = websocket._receive
+    protocol = getattr(receive, "__self__", None)
+    server = f"{type(protocol).__module__}.{type(protocol).__qualname__}"
+    if server == UVICORN_PROTOCOL:
+        return protocol.transport, receive  # type: ignore[union-attr]
+    _warn_of_adapter(server)
+    adapter = AsgiTransport(websocket, receive)
+    return adapter, adapter.receive
+
+
+class Client:
+    """One connected client. Users may read `id`, `address`, `connected_us` and the counts."""
+
+    def __init__(self, address: str, transport: Transport, log: "Log") -> None:
+        self.id = str(uuid.uuid4())
+        self.address = address
+        self.connected_us = time.time_ns() // 1000
+        self.transport = transport
+        self.log = log
+        self.edits: list[Edit] = []
+        self.messages_received = 0
+        self.sent_apart = 0  # what it was sent, less what its log holds
+        self.warned: set[str] = set()
+        self.tokens = float(settings.max_messages_per_second)
+        self.refilled_at = self.limited_at = -math.inf
+
+    @property
+    def messages_sent(self) -> int:
+        return self.log.total + self.sent_apart
+
+    @property
+    def buffered_bytes(self) -> int:
+        """Bytes written to it that its socket has not yet taken."""
+        with suppress(RuntimeError):  # uvloop's answer for a socket that is closed
+            return self.transport.get_write_buffer_size()
+        return 0
+
+    def take_token(self, now: float) -> bool:
+        """Say whether one more message is within `max_messages_per_second` (a token bucket that holds one second's)."""
+        rate = settings.max_messages_per_second
+        self.tokens = min(float(rate), self.tokens + (now - self.refilled_at) * rate)
+        self.refilled_at = now
+        if self.tokens < 1:
+            return False
+        self.tokens -= 1
+        return True
+
+    def send_error(self, code: str, text: str) -> None:
+        self.log.insert(self, encode(create_error_message(text, self.id, code)))
+
+    def report(self, code: str, text: str, event: str, *, exc_info: bool = False) -> None:
+        """Count an error of this client's, log it (the first of its kind as a warning), and tell the client."""
+        errors_total.labels(code).inc()
+        log = logger.debug if code in self.warned else logger.warning
+        self.warned.add(code)
+        log(event, client_id=self.id, error=text, exc_info=exc_info)
+        self.send_error(code, text)
+
+    def disconnect(self, code: int, text: str, reason: str) -> None:
+        """Send what was published so far and a close frame, and forget the client; nobody waits for it to read them."""
+        if self.id in clients:
+            self.log.flush()
+            self.leave(reason, frame(struct.pack("!H", code) + text.encode(), CLOSE))
+
+    def leave(self, reason: str, close_frame: bytes = b"") -> None:
+        """Forget the client, however it went: the one way out. Its socket is cut where it stays open for too long."""
+        if clients.pop(self.id, None) is None:
+            return
+        self.log.remove(self)
+        clients_gauge.dec()
+        disconnections_total.labels(reason).inc()
+        logger.info("client_disconnected", client_id=self.id, reason=reason)
+        if close_frame and not self.transport.is_closing():
+            self.transport.write(close_frame)
+        if (close_frame or self.buffered_bytes) and not self.log.loop.is_closed():
+            self.log.loop.call_later(CLOSE_SECONDS, self.transport.abort)
+
+
+clients: dict[str, Client] = {}
+
+
+# ---- Fan-out ---------------------------------------------------------------------------------------------------------
+
+Edit = tuple[int, int, bytes | None]  # start and end in the turn's log, and the message in their place
+GATHER_CLIENTS = 16  # with fewer, one more turn of the loop costs more than one more write a client
+GATHER_TURNS = 8
+GATHER_BYTES = 65536
+SWEEP_SECONDS = 1.0
+
+
+class Log:
+    """The messages of one turn of an event loop, and the clients that get them when the turn ends.
+
+    A client whose bytes differ carries edits to the turn's messages: the sender of an "others" message cuts it out, a
+    message to one client is put in at the place where the log then ended, and a client that came in mid-turn cuts
+    what came before it. So all clients see one order, and a turn costs one write a client, not one a message.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self.clients: dict[str, Client] = {}
+        self.messages: list[bytes] = []
+        self.edited: list[Client] = []
+        self.received = 0  # messages received in this turn
+        self.published = 0  # messages published in this turn, those to one client among them
+        self.published_bytes = 0
+        self.unscanned_bytes = 0  # published since backpressure was last looked at
+        self.scheduled = False
+        self.total = 0  # messages to everybody, ever
+        loop.call_later(SWEEP_SECONDS, self._sweep)
+
+    def call(self, function: Callable[..., None], *args: Any) -> bool:
+        """Run a function in this log's loop: at once, or soon where that is another thread's. False if it is closed."""
+        try:
+            if self.loop is asyncio.get_running_loop():
+                function(*args)
+            else:
+                self.loop.call_soon_threadsafe(function, *args)
+        except RuntimeError:
+            if not self.loop.is_closed():
+                raise
+            for client in tuple(self.clients.values()):
+                client.leave("client")
+            return False
+        return True
+
+    def add(self, client: Client) -> None:
+        self.clients[client.id] = client
+        client.sent_apart = -self.total
+        if self.messages:
+            self._edit(client, (0, len(self.messages), None))
+
+    def remove(self, client: Client) -> None:
+        del self.clients[client.id]
+        if client.edits:
+            client.edits = []
+            self.edited.remove(client)
+        if not self.clients:
+            logs.pop(self.loop, None)
+
+    def append(self, message: bytes, sender: Client | None = None) -> None:
+        """Publish to every client but the sender."""
+        place = len(self.messages)
+        self.messages.append(message)
+        self.total += 1
+        if sender is not None and sender.id in self.clients:
+            self._edit(sender, (place, place + 1, None))
+            sender.sent_apart -= 1
+        self._published(len(message))
+
+    def insert(self, client: Client, message: bytes) -> None:
+        """Publish to one client."""
+        if client.id in self.clients:
+            place = len(self.messages)
+            self._edit(client, (place, place, message))
+            client.sent_apart += 1
+            self._published(len(message))
+
+    def _edit(self, client: Client, edit: Edit) -> None:
+        if not client.edits:
+            self.edited.append(client)
+        client.edits.append(edit)
+
+    def _published(self, size: int) -> None:
+        self.published += 1
+        self.published_bytes += size
+        self.schedule()
+
+    def schedule(self) -> None:
+        """Flush soon: in the next turn, or later while that finds more messages."""
+        if not self.scheduled:
+            self.scheduled = True
+            self.loop.call_soon(self._tick, self.published, GATHER_TURNS)
+
+    def _tick(self, seen: int, turns: int) -> None:
+        growing = turns and self.published > seen and self.published_bytes < GATHER_BYTES
+        if growing and len(self.clients) >= GATHER_CLIENTS:
+            self.loop.call_soon(self._tick, self.published, turns - 1)
+        else:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what was published to every client that keeps up."""
+        self.unscanned_bytes += self.published_bytes
+        if self.unscanned_bytes > settings.max_buffer_bytes // 16:
+            self.unscanned_bytes = 0
+            self._drop_slow_clients()
+        messages_received_total.inc(self.received)
+        self.received = self.published = self.published_bytes = 0
+        self.scheduled = False
+        messages, self.messages = self.messages, []
+        edited, self.edited = self.edited, []
+        if not messages and not edited:
+            return
+        frames = [frame(message) for message in messages]
+        data = b"".join(frames)
+        sent = sent_bytes = 0
+        for client in self.clients.values() if messages else edited:
+            transport = client.transport
+            if transport.is_closing():  # uvloop raises on a write to it
+                continue
+            if client.edits:
+                own = apply_edits(frames, client.edits)
+                client.edits = []
+                sent += len(own)
+                sent_bytes += sum(map(len, own))
+                if own:
+                    transport.write(b"".join(own))
+            else:
+                sent += len(frames)
+                sent_bytes += len(data)
+                transport.write(data)
+        messages_sent_total.inc(sent)
+        bytes_sent_total.inc(sent_bytes)
+
+    def _drop_slow_clients(self) -> None:
+        for client in tuple(self.clients.values()):
+            if client.buffered_bytes > settings.max_buffer_bytes:
+                errors_total.labels("slow_client").inc()
+                logger.warning("slow_client_dropped", client_id=client.id, buffered_bytes=client.buffered_bytes)
+                client.leave("slow_client", frame(struct.pack("!H", 1013) + b"Too slow: reconnect", CLOSE))
+
+    def _sweep(self) -> None:
+        """Forget clients that the keepalive gave up while they had bytes unsent: nothing else would tell of them."""
+        for client in tuple(self.clients.values()):
+            if client.transport.is_closing():
+                client.leave("keepalive")
+        if self.clients:
+            self.loop.call_later(SWEEP_SECONDS, self._sweep)
+
+
+def apply_edits(frames: list[bytes], edits: list[Edit]) -> list[bytes]:
+    """Return one client's own frames of a turn."""
+    own: list[bytes] = []
+    place = 0
+    for start, end, message in edits:
+        own += frames[place:start]
+        if message is not None:
+            own.append(frame(message))
+        place = end
+    own += frames[place:]
+    return own
+
+
+logs: dict[asyncio.AbstractEventLoop, Log] = {}
+
+
+def publish(message: WebSocketMessage, sender: Client | None = None) -> int:
+    """Send a message to its `to` and return how many clients that addresses; "others" leaves the sender out."""
+    if message.to not in ("all", "others"):
+        client = clients.get(message.to)
+        return int(client is not None and client.log.call(client.log.insert, client, encode(message)))
+    data = encode(message)
+    left_out = sender if message.to == "others" else None
+    count = 0
+    for log in tuple(logs.values()):
+        if log.call(log.append, data, left_out):
+            count += len(log.clients) - (left_out is not None and left_out.id in log.clients)
+    return count
+
+
+async def broadcast(message: WebSocketMessage, sender: WebSocket | None = None) -> int:
+    """Send a message from anywhere in the application to its `to`.
+
+    It returns once the message is on its way to all of them, without waiting for any; a client that does not keep up
+    is dropped (`DATADIVR_MAX_BUFFER_BYTES`).
+
+    Args:
+        message: what to send; its `from_id` is "server" unless set.
+        sender: the WebSocket that "others" leaves out; without it, "others" are all.
+
+    Returns:
+        How many clients it addressed; 0 for an id that is not connected.
+
+    Raises:
+        PydanticSerializationError: the payload holds something that JSON cannot.
+
+    """
+    return publish(message, clients.get(sender.scope.get("datadivr.client_id", "")) if sender else None)
+
+
+# ---- The WebSocket endpoint ------------------------------------------------------------------------------------------
+
+YIELD_BYTES = 65536  # what one client may send before the others' turn comes
+YIELD_MESSAGES = 64
+
+
+def _bearer_matches(token: str, expected: str) -> bool:
+    return hmac.compare_digest(token.encode(), expected.encode())
+
+
+def _refusal(status: int, error: str, text: str, **fields: str | None) -> HTTPException:
+    errors_total.labels(error).inc()
+    logger.warning(error, **fields)
+    return HTTPException(status, text, {"WWW-Authenticate": "Bearer"} if status == 401 else None)
+
+
+def _same_host(origin: str, host: str) -> bool:
+    scheme, netloc = urlsplit(origin.lower())[:2]
+    port = {"http": ":80", "https": ":443"}.get(scheme)
+    return port is not None and netloc.removesuffix(port) == host.lower().removesuffix(port)
+
+
+async def authorize_client(websocket: WebSocket) -> None:
+    """Refuse a client from a foreign page, or without the token: the answer comes before the upgrade.
+
+    A FastAPI dependency: put your own in its place with `app.dependency_overrides[authorize_client]`. A foreign page
+    is one whose `Origin` (RFC 6454) is neither the request's `Host` nor in `DATADIVR_ALLOWED_ORIGINS`. The token comes
+    in `Authorization: Bearer` or, from a browser, as the second of the subprotocols `["bearer", token]`.
+
+    Raises:
+        HTTPException: 403 for the origin, 401 for the token.
+
+    """
+    origin = websocket.headers.get("origin")
+    if origin is not None and not (
+        {"*", origin.lower()} & set(settings.allowed_origins) or _same_host(origin, websocket.headers.get("host", ""))
+    ):
+        hint = "add it to DATADIVR_ALLOWED_ORIGINS to let it in"
+        raise _refusal(403, "origin_refused", f"Origin {origin} is not allowed.", origin=origin, hint=hint)
+    if settings.client_token is not None:
+        scheme, _, token = websocket.headers.get("authorization", "").partition(" ")
+        offered = websocket.scope.get("subprotocols", [])
+        if scheme.lower() != "bearer" and len(offered) == 2 and offered[0] == "bearer":
+            scheme, token = offered
+        if scheme.lower() != "bearer" or not _bearer_matches(token.strip(), settings.client_token):
+            hint = "it must bring DATADIVR_CLIENT_TOKEN"
+            raise _refusal(401, "unauthorized", "A client token is needed.", hint=hint)
+
+
+def _refuse_if_full() -> None:
+    if settings.max_clients and len(clients) >= settings.max_clients:
+        raise _refusal(503, "too_many_clients", f"{settings.max_clients} clients are connected.")
+
+
+async def websocket_endpoint(websocket: WebSocket) -> None:
+    """Authorize a client and serve it until it goes.
+
+    Raises:
+        HTTPException: 401, 403 (see `authorize_client`), or 503 where `DATADIVR_MAX_CLIENTS` are connected.
+
+    """
+    await authorize_client(websocket)
+    _refuse_if_full()
+    await handle_connection(websocket)
+
+
+async def handle_connection(websocket: WebSocket) -> None:
+    """Accept a client without asking who it is, and serve it until it goes."""
+    offered = websocket.scope.get("subprotocols", [])
+    await websocket.accept("bearer" if offered[:1] == ["bearer"] else None)
+    transport, receive = open_transport(websocket)
+    loop = asyncio.get_running_loop()
+    log = logs.get(loop) or logs.setdefault(loop, Log(loop))
+    address = f"{websocket.client.host}:{websocket.client.port}" if websocket.client else ""
+    client = Client(address, transport, log)
+    clients[client.id] = client
+    log.add(client)
+    websocket.scope["datadivr.client_id"] = client.id
+    clients_gauge.inc()
+    connections_total.inc()
+    logger.info("client_connected", client_id=client.id, address=address)
+    reason = "client"
+    try:
+        await _announce(client, "$connect")
+        reason = await _serve(client, receive)
+    finally:
+        client.leave(reason)
+        if isinstance(transport, AsgiTransport):
+            await transport.finish()
+        await _announce(client, "$disconnect")
+
+
+async def _announce(client: Client, event_name: str) -> None:
+    if event_name in _registry[HandlerType.SERVER]:
+        await _answer(client, WebSocketMessage(event_name=event_name, from_id=client.id))
+
+
+async def _serve(client: Client, receive: Receive) -> str:
+    """Handle a client's messages, one after the other, until it goes, and return the reason."""
+    allowance = YIELD_BYTES
+    while (event := await receive())["type"] == "websocket.receive":
+        if client.id not in clients:
+            continue  # it was sent a close frame: what it still sends is read, so that its own close is seen
+        data = event.get("text")
+        if data is None:
+            data = event["bytes"]
+        await _handle(client, data)
+        allowance -= max(len(data), YIELD_BYTES // YIELD_MESSAGES)
+        if allowance <= 0:  # a queue that is not empty lets nobody else run
+            allowance = YIELD_BYTES
+            await asyncio.sleep(0)
+    return {1009: "message_too_big", 1012: "server_stop"}.get(event.get("code", 1005), "client")
+
+
+async def _handle(client: Client, data: str | bytes) -> None:
+    client.messages_received += 1
+    client.log.received += 1
+    limit = settings.max_message_bytes
+    if len(data) * 4 > limit and len(data.encode() if isinstance(data, str) else data) > limit:
+        errors_total.labels("message_too_big").inc()
+        client.disconnect(1009, f"The limit is {limit} bytes", "message_too_big")
+    elif settings.max_messages_per_second and not client.take_token(client.log.loop.time()):
+        _limit_rate(client)
+    else:
+        try:
+            message = parse(data, ClientMessage)
+        except ValidationError as error:
+            client.report("invalid_message", describe(error), "invalid_message_format")
+        else:
+            message.from_id = client.id
+            await _answer(client, message)
+    client.log.schedule()
+
+
+def _limit_rate(client: Client) -> None:
+    text = f"More than {settings.max_messages_per_second} messages a second: dropped."
+    if client.refilled_at - client.limited_at >= 1:
+        client.limited_at = client.refilled_at
+        client.report("rate_limited", text, "rate_limited")
+    else:
+        errors_total.labels("rate_limited").inc()
+
+
+async def _answer(client: Client, message: WebSocketMessage) -> None:
+    """Handle a message of a client's, or about it, and send what that answers."""
+    try:
+        answer = await handle_msg(message)
+        if answer is not None and not publish(answer, client) and answer.to not in ("all", "others"):
+            client.report("unknown_recipient", "No client with the id in `to` is connected.", "unknown_recipient")
+    except Exception:
+        client.report("handler_error", f"The handler of {message.event_name!r} failed.", "handler_error", exc_info=True)
+
+
+# ---- The admin API ---------------------------------------------------------------------------------------------------
+
+
+class Detail(BaseModel):
+    """Why a request was refused."""
+
+    detail: str
+
+
+class ClientInfo(BaseModel):
+    """One connected client."""
+
+    id: str
+    address: str = Field(description="Host and port of its end of the connection.", examples=["127.0.0.1:50514"])
+    connected_at: datetime
+    messages_received: int
+    messages_sent: int
+    buffered_bytes: int = Field(description="Bytes unsent: how far it is behind.")
+
+
+class ClientPage(BaseModel):
+    """A page of the list of clients, oldest first."""
+
+    total: int = Field(description="Clients connected now.")
+    next: str | None = Field(description="The `after` of the next page; null on the last.")
+    clients: list[ClientInfo]
+
+
+class Announcement(BaseModel):
+    """A message from the server."""
+
+    event_name: UnreservedEventName
+    payload: Any = None
+    to: str = Field("all", description="`all`, `others` (the same here), or one client's id.")
+    message: str | None = None
+
+
+class Recipients(BaseModel):
+    """How many clients a message was sent to."""
+
+    recipients: int
+
+
+class Health(BaseModel):
+    """The server answers."""
+
+    status: Literal["ok"] = "ok"
+
+
+@functools.cache
+def admin_token() -> str:
+    """Return the admin API's token; where none is set, make one up and log it, once."""
+    if settings.admin_token is not None:
+        return settings.admin_token
+    token = secrets.token_urlsafe(32)
+    logger.warning("admin_token_generated", token=token, hint="set DATADIVR_ADMIN_TOKEN to choose it")
+    return token
+
+
+_bearer = HTTPBearer(auto_error=False, description="DATADIVR_ADMIN_TOKEN, or the token that the server logged.")
+Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
+
+
+async def authorize_admin(credentials: Credentials) -> None:
+    """Refuse a request without the admin token.
+
+    Raises:
+        HTTPException: 401.
+
+    """
+    if credentials is None or not _bearer_matches(credentials.credentials, admin_token()):
+        errors_total.labels("unauthorized").inc()
+        raise HTTPException(401, "The admin token is needed.", {"WWW-Authenticate": "Bearer"})
+
+
+async def authorize_scrape(credentials: Credentials) -> None:
+    """Refuse a scrape without the admin token where `DATADIVR_PROTECT_METRICS` is on."""
+    if settings.protect_metrics:
+        await authorize_admin(credentials)
+
+
+@asynccontextmanager
+async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+    """Log the admin token that was made up, if one was, at the start."""
+    admin_token()
+    yield
+
+
+router = APIRouter(lifespan=lifespan)
+admin = APIRouter(dependencies=[Depends(authorize_admin)], responses={401: {"model": Detail}})
+NOT_FOUND: dict[int | str, dict[str, Any]] = {404: {"model": Detail}}
+
+
+def _describe_client(client: Client) -> ClientInfo:
+    return ClientInfo(
+        id=client.id,
+        address=client.address,
+        connected_at=datetime.fromtimestamp(client.connected_us / 1e6, UTC),
+        messages_received=client.messages_received,
+        messages_sent=client.messages_sent,
+        buffered_bytes=client.buffered_bytes,
+    )
+
+
+def _find_client(client_id: str) -> Client:
+    client = clients.get(client_id)
+    if client is None:
+        raise HTTPException(404, "No client with this id is connected.")
+    return client
+
+
+@admin.get("/clients")
+async def list_clients(
+    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+    after: Annotated[str, Query(pattern=r"^([0-9]{1,17}-[0-9a-f-]{36})?$", description="`next` of a page.")] = "",
+) -> ClientPage:
+    """List the connected clients, oldest first."""
+    since, _, last_id = after.partition("-")
+    rest = sorted(
+        (client.connected_us, client.id)
+        for client in tuple(clients.values())
+        if (client.connected_us, client.id) > (int(since or 0), last_id)
+    )
+    page = [client for _, client_id in rest[:limit] if (client := clients.get(client_id))]
+    more = f"{rest[limit - 1][0]}-{rest[limit - 1][1]}" if len(rest) > limit else None
+    return ClientPage(total=len(clients), next=more, clients=[_describe_client(client) for client in page])
+
+
+@admin.get("/clients/{client_id}", responses=NOT_FOUND)
+async def get_client(client_id: str) -> ClientInfo:
+    """Describe one connected client."""
+    return _describe_client(_find_client(client_id))
+
+
+@admin.delete("/clients/{client_id}", status_code=204, responses=NOT_FOUND)
+async def disconnect_client(client_id: str) -> None:
+    """Disconnect a client, after what was already sent to it, with code 1008."""
+    client = _find_client(client_id)
+    client.log.call(client.disconnect, 1008, "Disconnected by an administrator", "admin")
+
+
+@admin.post(
+    "/messages",
+    status_code=202,
+    max_body_size=settings.max_message_bytes,
+    responses=NOT_FOUND
+    | {400: {"model": Detail}, 413: {"model": Detail}, 422: {"description": "Not a message, or a reserved name."}},
+    openapi_extra={
+        "requestBody": {"required": True, "content": {"application/json": {"schema": Announcement.model_json_schema()}}}
+    },
+)
+async def post_message(request: Request) -> Recipients:
+    """Send a message to all clients, or to one."""
+    try:
+        announcement = parse(await request.body(), Announcement)
+    except ValidationError as error:
+        if error.errors()[0]["type"] == "json_invalid":
+            raise HTTPException(400, describe(error)) from None
+        raise RequestValidationError(error.errors(include_url=False)) from None
+    recipients = publish(WebSocketMessage(**dict(announcement)))
+    if not recipients and announcement.to not in ("all", "others"):
+        raise HTTPException(404, "No client with the id in `to` is connected.")
+    return Recipients(recipients=recipients)
+
+
+@router.get("/metrics", dependencies=[Depends(authorize_scrape)], response_class=Response)
+async def get_metrics(request: Request) -> Response:
+    """Report the metrics in Prometheus' text format, or in OpenMetrics where that is asked for."""
+    generate, content_type = choose_encoder(request.headers.get("accept", ""))
+    return Response(generate(REGISTRY), media_type=content_type)
+
+
+@router.get("/healthz")
+async def get_health() -> Health:
+    """Say that the server answers."""
+    return Health()
+
+
+@router.websocket("/ws")
+async def _admit(websocket: WebSocket, _: Annotated[None, Depends(authorize_client)]) -> None:
+    _refuse_if_full()
+    admitted = websocket.scope.get("datadivr.admitted")
+    if admitted is None:
+        await handle_connection(websocket)
+    else:
+        admitted.append(True)
+
+
+router.include_router(admin)
+
+
+# ---- The application -------------------------------------------------------------------------------------------------
+
+
+class App(FastAPI):
+    """A FastAPI application that is not on the stack of the connections it admitted, which saves memory and time."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        admitted: list[bool] = []
+        if scope["type"] == "websocket" and not self.user_middleware:
+            scope["datadivr.admitted"] = admitted
+        await super().__call__(scope, receive, send)
+        if admitted:
+            await handle_connection(WebSocket(scope, receive, send))
+        elif scope["type"] == "websocket":
+            for _ in range(8):  # uvicorn logs an error where this returns before a refused connection is lost
+                await asyncio.sleep(0)
+
+
+app = App(title="datadivr", version=__version__)
+app.include_router(router)
+
+# Code written for the package that this file implements imports from `datadivr.transport.messages` and
+# `datadivr.transport.server`: the import system finds each of them in `sys.modules` once it has imported this file.
+# Run as a program, this file is known under its own name too, or a handler's import of it would make a second copy.
+_name = __spec__.name if __spec__ else Path(__file__).stem
+transport = messages = server = sys.modules[_name] = sys.modules[__name__]
+for _path in ("transport", "transport.messages", "transport.server"):
+    sys.modules[f"{_name}.{_path}"] = sys.modules[__name__]
+
+
+def main() -> None:
+    """Run the server: `python datadivr.py [--host HOST] [--port PORT]`."""
+    import uvicorn
+
+    parser = argparse.ArgumentParser(description="A WebSocket message server with an HTTP admin API.")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8765)
+    options = parser.parse_args()
+    uvicorn.run(
+        app,
+        host=options.host,
+        port=options.port,
+        ws_max_size=settings.max_message_bytes,
+        timeout_graceful_shutdown=5,
+    )
+
+
+if __name__ == "__main__":
+    main()
