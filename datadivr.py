@@ -477,7 +477,6 @@ class Client:
         self.connected_us = time.time_ns() // 1000
         self.transport = transport
         self.log = log
-        self.edits: list[Edit] = []
         self.messages_received = 0
         self.sent_apart = 0  # what it was sent, less what its log holds
         self.warned: set[str] = set()
@@ -560,7 +559,7 @@ class Log:
         self.loop = loop
         self.clients: dict[str, Client] = {}
         self.messages: list[bytes] = []
-        self.edited: list[Client] = []
+        self.edits: dict[Client, list[Edit]] = {}
         self.received = 0  # messages received in this turn
         self.published = 0  # messages published in this turn, those to one client among them
         self.published_bytes = 0
@@ -588,13 +587,11 @@ class Log:
         self.clients[client.id] = client
         client.sent_apart = -self.total
         if self.messages:
-            self._edit(client, (0, len(self.messages), None))
+            self.edits[client] = [(0, len(self.messages), None)]
 
     def remove(self, client: Client) -> None:
         del self.clients[client.id]
-        if client.edits:
-            client.edits = []
-            self.edited.remove(client)
+        self.edits.pop(client, None)
         if not self.clients:
             logs.pop(self.loop, None)
 
@@ -604,7 +601,7 @@ class Log:
         self.messages.append(message)
         self.total += 1
         if sender is not None and sender.id in self.clients:
-            self._edit(sender, (place, place + 1, None))
+            self.edits.setdefault(sender, []).append((place, place + 1, None))
             sender.sent_apart -= 1
         self._published(len(message))
 
@@ -612,14 +609,9 @@ class Log:
         """Publish to one client."""
         if client.id in self.clients:
             place = len(self.messages)
-            self._edit(client, (place, place, message))
+            self.edits.setdefault(client, []).append((place, place, message))
             client.sent_apart += 1
             self._published(len(message))
-
-    def _edit(self, client: Client, edit: Edit) -> None:
-        if not client.edits:
-            self.edited.append(client)
-        client.edits.append(edit)
 
     def _published(self, size: int) -> None:
         self.published += 1
@@ -649,19 +641,18 @@ class Log:
         self.received = self.published = self.published_bytes = 0
         self.scheduled = False
         messages, self.messages = self.messages, []
-        edited, self.edited = self.edited, []
-        if not messages and not edited:
+        edits, self.edits = self.edits, {}
+        if not messages and not edits:
             return
         frames = [frame(message) for message in messages]
         data = b"".join(frames)
         sent = sent_bytes = 0
-        for client in self.clients.values() if messages else edited:
+        for client in self.clients.values() if messages else edits:
             transport = client.transport
             if transport.is_closing():  # uvloop raises on a write to it
                 continue
-            if client.edits:
-                own = apply_edits(frames, client.edits)
-                client.edits = []
+            if client in edits:
+                own = apply_edits(frames, edits[client])
                 sent += len(own)
                 sent_bytes += sum(map(len, own))
                 if own:
@@ -962,7 +953,8 @@ async def authorize_admin(credentials: Credentials) -> None:
         HTTPException: 401.
 
     """
-    if credentials is None or not _bearer_matches(credentials.credentials, admin_token()):
+    expected = admin_token()
+    if credentials is None or not _bearer_matches(credentials.credentials, expected):
         errors_total.labels("unauthorized").inc()
         raise HTTPException(401, "The admin token is needed.", {"WWW-Authenticate": "Bearer"})
 
