@@ -47,6 +47,7 @@ import os
 import secrets
 import struct
 import sys
+import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
@@ -136,7 +137,6 @@ if not structlog.is_configured():
 
 EventName = Annotated[str, Field(min_length=1, max_length=128)]
 UnreservedEventName = Annotated[EventName, Field(pattern=r"^[^$]")]
-ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
 class InvalidMessageFormat(ValueError):  # noqa: N818  # a promised name
@@ -176,16 +176,6 @@ def create_message(event_name: str, payload: Any, to: str, message: str | None =
 def create_error_message(error_msg: str, to: str, code: str = "error") -> WebSocketMessage:
     """Make an `error` message: a sentence for people in `message`, a `code` for programs in `payload`."""
     return create_message("error", {"code": code}, to, error_msg)
-
-
-def parse(data: str | bytes, model: type[ModelT]) -> ModelT:
-    """Make a `model` from JSON.
-
-    Raises:
-        ValidationError: see `describe`.
-
-    """
-    return model.__pydantic_validator__.validate_json(data)  # type: ignore[no-any-return]
 
 
 def describe(error: ValidationError) -> str:
@@ -494,18 +484,20 @@ class Client:
             return self.transport.get_write_buffer_size()
         return 0
 
-    def take_token(self, now: float) -> bool:
-        """Say whether one more message is within `max_messages_per_second` (a token bucket that holds one second's)."""
-        rate = settings.max_messages_per_second
+    def take_token(self) -> bool:
+        """Count a message against `max_messages_per_second`, a token bucket that holds one second's, or refuse it."""
+        rate, now = settings.max_messages_per_second, self.log.loop.time()
         self.tokens = min(float(rate), self.tokens + (now - self.refilled_at) * rate)
         self.refilled_at = now
-        if self.tokens < 1:
-            return False
-        self.tokens -= 1
-        return True
-
-    def send_error(self, code: str, text: str) -> None:
-        self.log.insert(self, encode(create_error_message(text, self.id, code)))
+        if self.tokens >= 1:
+            self.tokens -= 1
+            return True
+        if now - self.limited_at >= 1:
+            self.limited_at = now
+            self.report("rate_limited", f"More than {rate} messages a second: dropped.", "rate_limited")
+        else:
+            errors_total.labels("rate_limited").inc()
+        return False
 
     def report(self, code: str, text: str, event: str, *, exc_info: bool = False) -> None:
         """Count an error of this client's, log it (the first of its kind as a warning), and tell the client."""
@@ -513,7 +505,7 @@ class Client:
         log = logger.debug if code in self.warned else logger.warning
         self.warned.add(code)
         log(event, client_id=self.id, error=text, exc_info=exc_info)
-        self.send_error(code, text)
+        self.log.insert(self, encode(create_error_message(text, self.id, code)))
 
     def disconnect(self, code: int, text: str, reason: str) -> None:
         """Send what was published so far and a close frame, and forget the client; nobody waits for it to read them."""
@@ -557,6 +549,7 @@ class Log:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
+        self.thread = threading.get_ident()
         self.clients: dict[str, Client] = {}
         self.messages: list[bytes] = []
         self.edits: dict[Client, list[Edit]] = {}
@@ -570,14 +563,12 @@ class Log:
 
     def call(self, function: Callable[..., None], *args: Any) -> bool:
         """Run a function in this log's loop: at once, or soon where that is another thread's. False if it is closed."""
+        if self.thread == threading.get_ident() and not self.loop.is_closed():
+            function(*args)
+            return True
         try:
-            if self.loop is asyncio.get_running_loop():
-                function(*args)
-            else:
-                self.loop.call_soon_threadsafe(function, *args)
-        except RuntimeError:
-            if not self.loop.is_closed():
-                raise
+            self.loop.call_soon_threadsafe(function, *args)
+        except RuntimeError:  # it is closed: nobody is there
             for client in tuple(self.clients.values()):
                 client.leave("client")
             return False
@@ -646,23 +637,20 @@ class Log:
             return
         frames = [frame(message) for message in messages]
         data = b"".join(frames)
-        sent = sent_bytes = 0
+        alike = apart = apart_bytes = 0
         for client in self.clients.values() if messages else edits:
-            transport = client.transport
-            if transport.is_closing():  # uvloop raises on a write to it
+            if client.transport.is_closing():  # uvloop raises on a write to it
                 continue
             if client in edits:
                 own = apply_edits(frames, edits[client])
-                sent += len(own)
-                sent_bytes += sum(map(len, own))
-                if own:
-                    transport.write(b"".join(own))
+                apart += len(own)
+                apart_bytes += sum(map(len, own))
+                client.transport.write(b"".join(own))
             else:
-                sent += len(frames)
-                sent_bytes += len(data)
-                transport.write(data)
-        messages_sent_total.inc(sent)
-        bytes_sent_total.inc(sent_bytes)
+                alike += 1
+                client.transport.write(data)
+        messages_sent_total.inc(alike * len(frames) + apart)
+        bytes_sent_total.inc(alike * len(data) + apart_bytes)
 
     def _drop_slow_clients(self) -> None:
         for client in tuple(self.clients.values()):
@@ -824,19 +812,23 @@ async def handle_connection(websocket: WebSocket) -> None:
 
 async def _announce(client: Client, event_name: str) -> None:
     if event_name in _registry[HandlerType.SERVER]:
-        await _answer(client, WebSocketMessage(event_name=event_name, from_id=client.id))
+        await _handle(client, WebSocketMessage(event_name=event_name, from_id=client.id))
 
 
 async def _serve(client: Client, receive: Receive) -> str:
     """Handle a client's messages, one after the other, until it goes, and return the reason."""
+    handlers = _registry[HandlerType.SERVER]
     allowance = YIELD_BYTES
     while (event := await receive())["type"] == "websocket.receive":
-        if client.id not in clients:
-            continue  # it was sent a close frame: what it still sends is read, so that its own close is seen
         data = event.get("text")
         if data is None:
             data = event["bytes"]
-        await _handle(client, data)
+        if (message := _read(client, data)) is not None:
+            if message.event_name in handlers:
+                await _handle(client, message)
+            else:
+                _send(client, message)
+        client.log.schedule()
         allowance -= max(len(data), YIELD_BYTES // YIELD_MESSAGES)
         if allowance <= 0:  # a queue that is not empty lets nobody else run
             allowance = YIELD_BYTES
@@ -844,43 +836,41 @@ async def _serve(client: Client, receive: Receive) -> str:
     return {1009: "message_too_big", 1012: "server_stop"}.get(event.get("code", 1005), "client")
 
 
-async def _handle(client: Client, data: str | bytes) -> None:
+def _read(client: Client, data: str | bytes) -> WebSocketMessage | None:
+    """Make a message from what a client sent, or tell it what is wrong."""
+    if client.id not in clients:
+        return None  # it was sent a close frame: what it still sends is read, so that its own close is seen
     client.messages_received += 1
     client.log.received += 1
     limit = settings.max_message_bytes
     if len(data) * 4 > limit and len(data.encode() if isinstance(data, str) else data) > limit:
         errors_total.labels("message_too_big").inc()
         client.disconnect(1009, f"The limit is {limit} bytes", "message_too_big")
-    elif settings.max_messages_per_second and not client.take_token(client.log.loop.time()):
-        _limit_rate(client)
-    else:
-        try:
-            message = parse(data, ClientMessage)
-        except ValidationError as error:
-            client.report("invalid_message", describe(error), "invalid_message_format")
-        else:
-            message.from_id = client.id
-            await _answer(client, message)
-    client.log.schedule()
+        return None
+    if settings.max_messages_per_second and not client.take_token():
+        return None
+    try:
+        message = ClientMessage.__pydantic_validator__.validate_json(data)
+    except ValidationError as error:
+        client.report("invalid_message", describe(error), "invalid_message_format")
+        return None
+    message.from_id = client.id
+    return message  # type: ignore[no-any-return]
 
 
-def _limit_rate(client: Client) -> None:
-    text = f"More than {settings.max_messages_per_second} messages a second: dropped."
-    if client.refilled_at - client.limited_at >= 1:
-        client.limited_at = client.refilled_at
-        client.report("rate_limited", text, "rate_limited")
-    else:
-        errors_total.labels("rate_limited").inc()
-
-
-async def _answer(client: Client, message: WebSocketMessage) -> None:
-    """Handle a message of a client's, or about it, and send what that answers."""
+async def _handle(client: Client, message: WebSocketMessage) -> None:
+    """Run the handler of a message of a client's, or about it, and send its answer."""
     try:
         answer = await handle_msg(message)
-        if answer is not None and not publish(answer, client) and answer.to not in ("all", "others"):
-            client.report("unknown_recipient", "No client with the id in `to` is connected.", "unknown_recipient")
+        if answer is not None:
+            _send(client, answer)
     except Exception:
         client.report("handler_error", f"The handler of {message.event_name!r} failed.", "handler_error", exc_info=True)
+
+
+def _send(client: Client, message: WebSocketMessage) -> None:
+    if not publish(message, client) and message.to not in ("all", "others"):
+        client.report("unknown_recipient", "No client with the id in `to` is connected.", "unknown_recipient")
 
 
 # ---- The admin API ---------------------------------------------------------------------------------------------------
@@ -1038,7 +1028,7 @@ async def disconnect_client(client_id: str) -> None:
 async def post_message(request: Request) -> Recipients:
     """Send a message to all clients, or to one."""
     try:
-        announcement = parse(await request.body(), Announcement)
+        announcement = Announcement.model_validate_json(await request.body())
     except ValidationError as error:
         if error.errors()[0]["type"] == "json_invalid":
             raise HTTPException(400, describe(error)) from None
@@ -1094,6 +1084,7 @@ class App(FastAPI):
 
 
 app = App(title="datadivr", version=__version__)
+app.add_api_websocket_route("/ws", _admit)  # ahead of the router's: FastAPI finds it sooner
 app.include_router(router)
 
 # Code written for the package that this file implements imports from `datadivr.transport.messages` and
