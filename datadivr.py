@@ -2,7 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #     "fastapi>=0.164.0",
-#     "uvicorn[standard]>=0.50.0",
+#     "uvicorn[standard]>=0.52.4",
 #     "pydantic>=2.9.0",
 #     "structlog>=23.1.0",
 #     "prometheus-client>=0.20.0",
@@ -131,6 +131,12 @@ if not structlog.is_configured():
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[settings.log_level]),
     )
+
+
+@functools.lru_cache(maxsize=1024)
+def warn_once(event: str, **fields: str) -> None:
+    """Log a warning that would otherwise come again with each connection."""
+    logger.warning(event, **fields)
 
 
 # ---- Messages --------------------------------------------------------------------------------------------------------
@@ -438,11 +444,6 @@ class AsgiTransport:
                 await self._websocket.close(*self._close)
 
 
-@functools.cache
-def _warn_of_adapter(server: str) -> None:
-    logger.warning("fanout_through_asgi", server=server, hint=f"full speed needs {UVICORN_PROTOCOL}")
-
-
 def open_transport(websocket: WebSocket) -> tuple[Transport, Receive]:
     """Return what carries frames to an accepted client, and what receives from it.
 
@@ -453,7 +454,7 @@ def open_transport(websocket: WebSocket) -> tuple[Transport, Receive]:
     server = f"{type(protocol).__module__}.{type(protocol).__qualname__}"
     if server == UVICORN_PROTOCOL:
         return protocol.transport, receive  # type: ignore[union-attr]
-    _warn_of_adapter(server)
+    warn_once("fanout_through_asgi", server=server, hint=f"full speed needs {UVICORN_PROTOCOL}")
     adapter = AsgiTransport(websocket, receive)
     return adapter, adapter.receive
 
@@ -469,7 +470,7 @@ class Client:
         self.log = log
         self.messages_received = 0
         self.sent_apart = 0  # what it was sent, less what its log holds
-        self.warned: set[str] = set()
+        self.warned: frozenset[str] = frozenset()  # the kinds of errors that were logged as warnings
         self.tokens = float(settings.max_messages_per_second)
         self.refilled_at = self.limited_at = -math.inf
 
@@ -499,12 +500,12 @@ class Client:
             errors_total.labels("rate_limited").inc()
         return False
 
-    def report(self, code: str, text: str, event: str, *, exc_info: bool = False) -> None:
+    def report(self, code: str, text: str, event: str, **fields: Any) -> None:
         """Count an error of this client's, log it (the first of its kind as a warning), and tell the client."""
         errors_total.labels(code).inc()
         log = logger.debug if code in self.warned else logger.warning
-        self.warned.add(code)
-        log(event, client_id=self.id, error=text, exc_info=exc_info)
+        self.warned |= {code}
+        log(event, client_id=self.id, error=text, **fields)
         self.log.insert(self, encode(create_error_message(text, self.id, code)))
 
     def disconnect(self, code: int, text: str, reason: str) -> None:
@@ -728,9 +729,9 @@ def _bearer_matches(token: str, expected: str) -> bool:
     return hmac.compare_digest(token.encode(), expected.encode())
 
 
-def _refusal(status: int, error: str, text: str, **fields: str | None) -> HTTPException:
+def _refusal(status: int, error: str, text: str, **fields: str) -> HTTPException:
     errors_total.labels(error).inc()
-    logger.warning(error, **fields)
+    warn_once(error, **fields)
     return HTTPException(status, text, {"WWW-Authenticate": "Bearer"} if status == 401 else None)
 
 
