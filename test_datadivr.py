@@ -14,6 +14,7 @@ import random
 import re
 import signal
 import socket
+import statistics
 import struct
 import subprocess
 import sys
@@ -174,6 +175,12 @@ def close_code(client: ClientConnection) -> int | None:
         return closed.rcvd.code if closed.rcvd else None
 
 
+UPGRADE = (
+    b"GET /ws HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+)
+
+
 def raw_client(port: int, buffer: int | None = None) -> socket.socket:
     """Connect a client that does nothing by itself: it reads only what a test reads."""
     client = socket.socket()
@@ -181,8 +188,7 @@ def raw_client(port: int, buffer: int | None = None) -> socket.socket:
     if buffer:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
     client.connect(("127.0.0.1", port))
-    key = "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n"
-    client.sendall(f"GET /ws HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n{key}\r\n".encode())
+    client.sendall(UPGRADE)
     head = b""
     while not head.endswith(b"\r\n\r\n"):
         head += client.recv(1)
@@ -1708,3 +1714,360 @@ def test_sigterm_closes_every_client_and_ends_in_time_with_stalled_ones_connecte
     assert codes == [1012] * 20
     assert status == -signal.SIGTERM
     assert "Traceback" not in process.log
+
+
+# ---- Benchmarks: `pytest -m benchmark` -------------------------------------------------------------------------------
+#
+# Each server runs in a process of its own, on one processor where there are two, and this process on another. The
+# servers take turns within a round, and what counts is the ratio of the medians: the machine's own speed drops out.
+
+TUTORIAL = '''
+    """The pattern that FastAPI tutorials teach: one awaited send_json per client."""
+
+    import uuid
+    from typing import Any
+
+    from fastapi import FastAPI, WebSocket, WebSocketDisconnect
+    from pydantic import BaseModel
+
+    app = FastAPI()
+    clients: dict[WebSocket, str] = {}
+
+    class Message(BaseModel):
+        event_name: str
+        payload: Any | None = None
+        to: str = "others"
+        from_id: str = "server"
+        message: str | None = None
+
+    @app.get("/healthz")
+    async def health() -> str:
+        return "ok"
+
+    @app.websocket("/ws")
+    async def endpoint(websocket: WebSocket) -> None:
+        await websocket.accept()
+        client_id = clients[websocket] = str(uuid.uuid4())
+        try:
+            while True:
+                message = Message.model_validate(await websocket.receive_json())
+                message.from_id = client_id
+                data = message.model_dump()
+                for other, other_id in list(clients.items()):
+                    if message.to in ("all", other_id) or (message.to == "others" and other is not websocket):
+                        await other.send_json(data)
+        except WebSocketDisconnect:
+            del clients[websocket]
+'''
+MARK = b"\xc3"  # the first byte of the ÿ in each message of a load: one byte, so that no read can cut it in two
+
+
+class Peer(asyncio.Protocol):
+    """One client of a load: it counts the marks that it gets."""
+
+    transport: asyncio.Transport
+
+    def __init__(self, load: "Load") -> None:
+        self.load = load
+        self.head = b""
+        self.deliveries = 0
+        self.open = asyncio.get_running_loop().create_future()
+        self.lost = asyncio.get_running_loop().create_future()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+        transport.write(UPGRADE)
+
+    def data_received(self, data: bytes) -> None:
+        if self.open.done():
+            before, self.deliveries = self.deliveries, self.deliveries + data.count(MARK)
+            if before < self.load.goal <= self.deliveries:
+                self.load.behind -= 1
+                if not self.load.behind:
+                    self.load.reached.set()
+            return
+        self.head += data
+        if b"\r\n\r\n" in self.head:
+            assert self.head.startswith(b"HTTP/1.1 101"), self.head
+            self.open.set_result(None)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.lost.set_result(None)
+
+
+class Load:
+    """Clients of one server, and what they got."""
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+        self.peers: list[Peer] = []
+        self.goal = self.behind = 0
+        self.reached = asyncio.Event()
+
+    async def connect(self, clients: int, at_once: int = 32) -> None:
+        gate = asyncio.Semaphore(at_once)
+
+        async def connect_one() -> None:
+            async with gate:
+                _, peer = await asyncio.get_running_loop().create_connection(lambda: Peer(self), "127.0.0.1", self.port)
+                await peer.open
+                self.peers.append(peer)
+
+        await asyncio.gather(*(connect_one() for _ in range(clients)))
+
+    async def until(self, deliveries: int) -> None:
+        """Wait until each client has got so many messages."""
+        self.goal = deliveries
+        self.behind = sum(peer.deliveries < deliveries for peer in self.peers)
+        self.reached.clear()
+        if self.behind:
+            await asyncio.wait_for(self.reached.wait(), 6 * LIMIT)
+
+    async def publish(self, messages: int, window: int, frame: bytes, publishers: int = 1) -> float:
+        """Publish with `window` messages in flight, and return the deliveries a second."""
+        before = self.peers[0].deliveries
+        start = time.perf_counter()
+        for number in range(messages):
+            if number >= window:
+                await self.until(before + number - window + 1)
+            self.peers[number % publishers].transport.write(frame)
+        await self.until(before + messages)
+        return messages * len(self.peers) / (time.perf_counter() - start)
+
+    async def close(self) -> None:
+        for peer in self.peers:
+            peer.transport.abort()
+        await asyncio.gather(*(peer.lost for peer in self.peers))
+
+
+def text_to_all(size: int) -> bytes:
+    return masked('{"event_name": "msg", "to": "all", "message": "ÿ%s"}' % ("x" * size))
+
+
+@contextlib.contextmanager
+def pinned(folder: Path, name: str, *options: str, **variables: Any) -> Iterator[Process]:
+    """Run one of the servers, on a processor of its own where there are two."""
+    processors = sorted(os.sched_getaffinity(0))
+    (folder / "tutorial.py").write_text(textwrap.dedent(TUTORIAL))
+    quiet = ["--log-level", "warning", "--ws-ping-interval", "0"]  # a ping's random bytes could hold a mark
+    command = ["-m", "uvicorn", f"{name}:app", "--port", "{port}", *quiet, *options]
+    with Process(*command, cwd=folder, **variables) as process:
+        os.sched_setaffinity(process.popen.pid, processors[:1])
+        os.sched_setaffinity(0, processors[1:] or processors)
+        try:
+            process.wait_until_up()
+            yield process
+        finally:
+            os.sched_setaffinity(0, processors)
+
+
+def resident(process: Process) -> int:
+    """Bytes of memory that a process has resident."""
+    status = Path(f"/proc/{process.popen.pid}/status").read_text()
+    return int(re.findall(r"VmRSS:\s+(\d+) kB", status)[0]) * 1024
+
+
+def report(capsys: pytest.CaptureFixture[str], *rows: tuple[object, ...]) -> None:
+    with capsys.disabled():
+        print("", *("| " + " | ".join(map(str, row)) + " |" for row in rows), sep="\n")
+
+
+@pytest.mark.benchmark
+def test_fan_out_beside_the_tutorials_pattern(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    workloads = {
+        "one message at a time": (200, 300, 1, 64, 1),
+        "16 in flight": (200, 1600, 16, 64, 1),
+        "everybody talks": (200, 2000, 200, 128, 200),
+        "16 KB": (200, 160, 16, 16384, 1),
+    }
+    rates: dict[tuple[str, str], list[float]] = {}
+
+    async def run(port: int, clients: int, messages: int, window: int, size: int, publishers: int) -> float:
+        load = Load(port)
+        await load.connect(clients)
+        rate = await load.publish(messages, window, text_to_all(size), publishers)
+        await load.close()
+        return rate
+
+    for _ in range(3):
+        for server, share in (("datadivr", 1), ("tutorial", 8)):  # the slow one does a part of the work
+            with pinned(tmp_path, server) as process:
+                for workload, (clients, messages, *rest) in workloads.items():
+                    rate = asyncio.run(run(process.port, clients, messages // share, *rest))
+                    rates.setdefault((workload, server), []).append(rate)
+    rows: list[tuple[object, ...]] = [("200 clients", "datadivr/s", "tutorial/s", "ratio"), ("---",) * 4]
+    for workload in workloads:
+        ours, theirs = (statistics.median(rates[workload, server]) for server in ("datadivr", "tutorial"))
+        rows.append((workload, f"{ours:,.0f}", f"{theirs:,.0f}", f"{ours / theirs:.1f}x"))
+        assert ours > theirs
+    report(capsys, *rows)
+
+
+@pytest.mark.benchmark
+def test_size_and_arrival_beside_the_tutorials_pattern(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    figures: dict[str, list[tuple[float, float]]] = {}
+
+    async def run(process: Process) -> tuple[float, float]:
+        warm_up, load = Load(process.port), Load(process.port)
+        await warm_up.connect(200)
+        await warm_up.close()
+        await asyncio.sleep(1)
+        before, start = resident(process), time.perf_counter()
+        await load.connect(4000)
+        seconds = time.perf_counter() - start
+        await asyncio.sleep(1)
+        size = resident(process) - before
+        await load.close()
+        return size / 4000, 4000 / seconds
+
+    for _ in range(3):
+        for server in ("datadivr", "tutorial"):
+            with pinned(tmp_path, server) as process:
+                figures.setdefault(server, []).append(asyncio.run(run(process)))
+    ours, theirs = (tuple(map(statistics.median, zip(*runs, strict=True))) for runs in figures.values())
+    report(
+        capsys,
+        ("4,000 clients", "datadivr", "tutorial", "ratio"),
+        ("---",) * 4,
+        ("bytes an idle client", f"{ours[0]:,.0f}", f"{theirs[0]:,.0f}", f"{ours[0] / theirs[0]:.2f}x"),
+        ("connections accepted a second", f"{ours[1]:,.0f}", f"{theirs[1]:,.0f}", f"{ours[1] / theirs[1]:.2f}x"),
+    )
+    assert ours[0] < theirs[0]
+
+
+@pytest.mark.benchmark
+def test_a_stalled_client_costs_the_others_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    limit = 4 * 1024 * 1024
+
+    async def run(process: Process, *, stall: bool) -> tuple[float, int, int]:
+        load = Load(process.port)
+        await load.connect(200)
+        stalled = raw_client(process.port, buffer=4096) if stall else None
+        await load.publish(100, 16, text_to_all(4096))
+        before = resident(process)
+        rate = await load.publish(4000, 16, text_to_all(4096))
+        grown = resident(process) - before
+        await load.close()
+        if stalled:
+            stalled.close()
+        return rate, grown, int(metrics(process.port)['errors_total{type="slow_client"}'])
+
+    with pinned(tmp_path, "datadivr") as process:
+        runs = [(asyncio.run(run(process, stall=False)), asyncio.run(run(process, stall=True))) for _ in range(5)]
+    ratio = statistics.median(stalled[0] / free[0] for free, stalled in runs)
+    grown = max(stalled[1] for _, stalled in runs)
+    report(capsys, ("deliveries/s of 200 with a stalled client, to without", f"{ratio:.2f}x", f"+{grown:,} bytes"))
+    assert [stalled[2] for _, stalled in runs] == [1, 2, 3, 4, 5]
+    assert ratio >= 0.95
+    assert grown < 2 * limit
+
+
+@pytest.mark.benchmark
+def test_ten_thousand_clients_are_held_at_once(tmp_path: Path) -> None:
+    async def run(process: Process) -> None:
+        load = Load(process.port)
+        await load.connect(10_000)
+        await load.publish(3, 1, text_to_all(64))
+        assert [peer.deliveries for peer in load.peers] == [3] * 10_000
+        ids: list[str] = []
+        after: str | None = ""
+        while after is not None:
+            url = f"http://127.0.0.1:{process.port}/clients"
+            page = httpx.get(url, params={"limit": 1000, "after": after}, headers=ADMIN).json()
+            ids += [client["id"] for client in page["clients"]]
+            after = page["next"]
+        assert len(set(ids)) == len(ids) == 10_000
+        await load.close()
+
+    with pinned(tmp_path, "datadivr") as process:
+        asyncio.run(run(process))
+
+
+@pytest.mark.benchmark
+def test_clients_that_come_and_go_leave_nothing_behind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cycles, at_once = 50_000, 100
+    close = b"\x88\x80\0\0\0\0"
+
+    async def cycle(load: Load, number: int) -> None:
+        _, peer = await asyncio.get_running_loop().create_connection(lambda: Peer(load), "127.0.0.1", load.port)
+        await peer.open
+        peer.transport.write(masked('{"event_name": "whoami"}'))
+        if number % 2:
+            peer.transport.write(close)
+        else:
+            linger = struct.pack("ii", 1, 0)
+            peer.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            peer.transport.abort()
+        await peer.lost
+
+    async def run(process: Process) -> int:
+        load = Load(process.port)
+        settled = 0
+        for done in range(0, cycles, at_once):
+            await asyncio.gather(*(cycle(load, done + number) for number in range(at_once)))
+            if done == cycles // 10:
+                settled = resident(process)
+        wait_until(lambda: total(process.port) == 0, "the registry to be empty")
+        return resident(process) - settled
+
+    with pinned(tmp_path, "datadivr") as process:
+        grown = asyncio.run(run(process))
+        after = metrics(process.port)
+    report(capsys, (f"{cycles:,} clients that came and went", f"{grown:+,} bytes after the first tenth"))
+    assert (after["clients"], after["connections_total"]) == (0, cycles)
+    assert sum(value for name, value in after.items() if name.startswith("disconnections")) == cycles
+    assert grown < 2 * 1024 * 1024
+
+
+@pytest.mark.benchmark
+def test_a_flood_leaves_the_others_their_latency(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    async def run(process: Process) -> list[float]:
+        flood, pair = Load(process.port), Load(process.port)
+        await flood.connect(1)
+        await pair.connect(2)
+        flood.peers[0].transport.write(masked('{"event_name": "x", "to": "nobody"}') * 100_000 + text_to_all(0))
+        times: list[float] = []
+        while flood.peers[0].deliveries <= len(times):  # until the message after the flood has come
+            start = time.perf_counter()
+            pair.peers[len(times) % 2].transport.write(text_to_all(0))
+            await pair.until(len(times) + 1)
+            times.append(time.perf_counter() - start)
+        await flood.close()
+        await pair.close()
+        return times
+
+    with pinned(tmp_path, "datadivr") as process:
+        times = sorted(asyncio.run(run(process)))
+    p99 = times[int(len(times) * 0.99)]
+    report(capsys, (f"p99 of {len(times)} messages during a flood of 100,000", f"{p99 * 1000:.1f} ms"))
+    assert len(times) > 100
+    assert p99 < 0.020
+
+
+@pytest.mark.benchmark
+@pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
+def test_large_messages_to_many_clients_share_their_memory(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], loop: str
+) -> None:
+    if loop == "asyncio" and sys.version_info < (3, 12):
+        pytest.skip("asyncio copies what it buffers before Python 3.12")
+
+    async def run(process: Process) -> int:
+        load = Load(process.port)
+        await load.connect(500)
+        await load.publish(3, 1, text_to_all(1_000_100))
+        before = highest = resident(process)
+        publishing = asyncio.create_task(load.publish(100, 4, text_to_all(1_000_100)))
+        while not publishing.done():
+            await asyncio.wait((publishing,), timeout=0.05)
+            highest = max(highest, resident(process))
+        await publishing
+        assert [peer.deliveries for peer in load.peers] == [103] * 500
+        await load.close()
+        return highest - before
+
+    with pinned(tmp_path, "datadivr", "--loop", loop) as process:
+        grown = asyncio.run(run(process))
+    report(capsys, (f"100 messages of 1 MB to 500 clients, {loop}", f"{grown:+,} bytes"))
+    assert grown < 64 * 1024 * 1024
