@@ -57,7 +57,6 @@ from datetime import UTC, datetime
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, TypeVar
-from urllib.parse import urlsplit
 
 import structlog
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Request, Response, WebSocket
@@ -67,6 +66,8 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 from prometheus_client.exposition import choose_encoder
 from pydantic import BaseModel, BeforeValidator, Field, NonNegativeInt, PositiveInt, ValidationError
+from starlette.requests import ClientDisconnect
+from starlette.responses import PlainTextResponse
 from starlette.types import Message, Receive, Scope, Send
 
 __version__ = "1.0.0"
@@ -134,10 +135,15 @@ if not structlog.is_configured():
     )
 
 
-@functools.lru_cache(maxsize=1024)
-def warn_once(event: str, **fields: str) -> None:
-    """Log a warning that would otherwise come again with each connection."""
-    logger.warning(event, **fields)
+_warned_at: dict[str, float] = {}
+
+
+def warn(event: str, **fields: str) -> None:
+    """Log what anybody can bring about: once a minute as a warning, else for DEBUG."""
+    first = time.monotonic() - _warned_at.get(event, -math.inf) > 60
+    if first:
+        _warned_at[event] = time.monotonic()
+    (logger.warning if first else logger.debug)(event, **fields)
 
 
 # ---- Messages --------------------------------------------------------------------------------------------------------
@@ -227,9 +233,9 @@ def websocket_handler(
     """Register the decorated function for an event; the last registration of a name wins.
 
     The function takes a `WebSocketMessage` and returns one, which goes to its `to`, or None. A coroutine function
-    runs in the event loop, a plain one in the thread pool. One client's messages are handled one after the other, so
-    a handler that takes long holds up its own client, and nobody else. The names `$connect` and `$disconnect` are for
-    clients that came and went.
+    runs in the event loop, a plain one in the thread pool (AnyIO's, of 40 threads). One client's messages are handled
+    one after the other, so a handler that takes long holds up its own client alone. The names `$connect` and
+    `$disconnect` are for clients that came and went.
     """
 
     def register(handler: HandlerT) -> HandlerT:
@@ -384,16 +390,18 @@ class AsgiTransport:
     """A `Transport` over ASGI's `send`, for servers and test clients that share none of their own.
 
     It costs a task a client and a coroutine a message. A close frame ends `receive`, and the endpoint then closes the
-    WebSocket itself in `finish`: not every server sends a close that comes from another task.
+    WebSocket in `finish`: under granian a close from another task is lost while the endpoint receives.
     """
 
-    def __init__(self, websocket: WebSocket, receive: Receive) -> None:
+    def __init__(self, websocket: WebSocket, receive: Receive, socket: Transport | None) -> None:
         self._websocket = websocket
         self._receive = receive
+        self._socket = socket
+        self._receiving = False
         self._unsent = 0
         self._queue: asyncio.Queue[bytes] = asyncio.Queue()
         self._closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._close: tuple[int, str] | None = None
+        self._close_frame: tuple[int, str] | None = None
         self._writer = asyncio.create_task(self._write())
 
     def write(self, data: bytes, /) -> None:
@@ -407,6 +415,11 @@ class AsgiTransport:
         return self._closed.done()
 
     def abort(self) -> None:
+        self._end()
+        if self._socket:
+            self._socket.abort()
+
+    def _end(self) -> None:
         if not self._closed.done():
             self._closed.set_result(None)
 
@@ -416,58 +429,69 @@ class AsgiTransport:
                 data = await self._queue.get()
                 for first, payload in unframe(data):
                     if first == CLOSE:
-                        self._close = int.from_bytes(payload[:2]), payload[2:].decode()
-                        return
+                        self._close_frame = int.from_bytes(payload[:2]), payload[2:].decode()
+                        return None if self._receiving else await self._close()
                     await self._websocket.send_text(payload.decode())
                 self._unsent -= len(data)
         except Exception as error:  # servers differ in what a send to a client that went raises
             logger.debug("asgi_send_failed", error=repr(error))
         finally:
-            self.abort()
+            self._end()
+
+    async def _close(self) -> None:
+        close_frame, self._close_frame = self._close_frame, None
+        if close_frame:
+            with suppress(Exception):  # the client went meanwhile, or does not read
+                async with asyncio.timeout(CLOSE_SECONDS):
+                    await self._websocket.close(*close_frame)
 
     async def receive(self) -> Message:
         """Return the next ASGI message, or a disconnect once this side has closed."""
         reader = asyncio.ensure_future(self._receive())
+        self._receiving = True
         try:
             await asyncio.wait((reader, self._closed), return_when=asyncio.FIRST_COMPLETED)
-            if reader.done():
-                return reader.result()
-            return {"type": "websocket.disconnect", "code": 1006}
+            return reader.result() if reader.done() else {"type": "websocket.disconnect"}
         finally:
+            self._receiving = False
             reader.cancel()
 
     async def finish(self) -> None:
-        """Stop writing; send the close frame that was written, if one was."""
+        """Stop writing, and send the close frame that was written, if one was."""
+        self._end()
         self._writer.cancel()
-        self.abort()
-        if self._close:
-            with suppress(Exception):  # the client went meanwhile
-                await self._websocket.close(*self._close)
+        await self._close()
 
 
-def open_transport(websocket: WebSocket) -> tuple[Transport, Receive]:
-    """Return what carries frames to an accepted client, and what receives from it.
+@functools.cache
+def _warn_of_adapter(server: str) -> None:
+    logger.warning("fanout_through_asgi", server=server, hint=f"full speed needs {UVICORN_PROTOCOL}")
 
-    Under uvicorn `receive` is a bound method of its protocol object, which has the connection's transport.
+
+def open_transport(websocket: WebSocket) -> tuple[Transport, Receive, Any]:
+    """Return what carries frames to a client, what receives from it, and uvicorn's protocol object or None.
+
+    Under uvicorn `receive` is a bound method of the protocol object, which has the connection's transport.
     """
     receive = websocket._receive
     protocol = getattr(receive, "__self__", None)
     server = f"{type(protocol).__module__}.{type(protocol).__qualname__}"
     if server == UVICORN_PROTOCOL:
-        return protocol.transport, receive  # type: ignore[union-attr]
-    warn_once("fanout_through_asgi", server=server, hint=f"full speed needs {UVICORN_PROTOCOL}")
-    adapter = AsgiTransport(websocket, receive)
-    return adapter, adapter.receive
+        return protocol.transport, receive, protocol  # type: ignore[union-attr]
+    _warn_of_adapter(server)
+    adapter = AsgiTransport(websocket, receive, getattr(protocol, "transport", None))
+    return adapter, adapter.receive, None
 
 
 class Client:
     """One connected client. Users may read `id`, `address`, `connected_us` and the counts."""
 
-    def __init__(self, address: str, transport: Transport, log: "Log") -> None:
+    def __init__(self, address: str, transport: Transport, log: "Log", protocol: Any = None) -> None:
         self.id = str(uuid.uuid4())
         self.address = address
         self.connected_us = time.time_ns() // 1000
         self.transport = transport
+        self.protocol = protocol  # uvicorn's, which knows who closed the connection
         self.log = log
         self.messages_received = 0
         self.sent_apart = 0  # what it was sent, less what its log holds
@@ -515,21 +539,30 @@ class Client:
             self.log.flush()
             self.leave(reason, frame(struct.pack("!H", code) + text.encode(), CLOSE))
 
+    def end(self) -> str:
+        """Return the reason for which its connection ended, where it was not this file that closed it."""
+        closed = self.protocol and self.protocol.conn.close_sent
+        if not closed or self.protocol.conn.close_rcvd_then_sent:
+            return "client"
+        return {1009: "message_too_big", 1011: "keepalive", 1012: "server_stop"}.get(closed.code, "client")
+
     def leave(self, reason: str, close_frame: bytes = b"") -> None:
-        """Forget the client, however it went: the one way out. Its socket is cut where it stays open for too long."""
+        """Forget the client, however it went: the one way out. A socket that is not closed 2 s later is cut."""
         if clients.pop(self.id, None) is None:
             return
         self.log.remove(self)
         clients_gauge.dec()
         disconnections_total.labels(reason).inc()
-        logger.info("client_disconnected", client_id=self.id, reason=reason)
-        if close_frame and not self.transport.is_closing():
-            self.transport.write(close_frame)
-        if (close_frame or self.buffered_bytes) and not self.log.loop.is_closed():
+        if reason in ERROR_TYPES:
+            errors_total.labels(reason).inc()
+        if not self.log.loop.is_closed():
+            if close_frame and not self.transport.is_closing():
+                self.transport.write(close_frame)
             self.log.loop.call_later(CLOSE_SECONDS, self.transport.abort)
+        logger.info("client_disconnected", client_id=self.id, reason=reason)
 
 
-clients: dict[str, Client] = {}
+clients: dict[str, Client] = globals().get("clients", {})  # a reload keeps those who are connected
 
 
 # ---- Fan-out ---------------------------------------------------------------------------------------------------------
@@ -583,7 +616,7 @@ class Log:
             self.edits[client] = [(0, len(self.messages), None)]
 
     def remove(self, client: Client) -> None:
-        del self.clients[client.id]
+        self.clients.pop(client.id, None)
         self.edits.pop(client, None)
         if not self.clients:
             logs.pop(self.loop, None)
@@ -626,13 +659,13 @@ class Log:
 
     def flush(self) -> None:
         """Write what was published to every client that keeps up."""
+        self.scheduled = False
         self.unscanned_bytes += self.published_bytes
         if self.unscanned_bytes > settings.max_buffer_bytes // 16:
             self.unscanned_bytes = 0
             self._drop_slow_clients()
         messages_received_total.inc(self.received)
         self.received = self.published = self.published_bytes = 0
-        self.scheduled = False
         messages, self.messages = self.messages, []
         edits, self.edits = self.edits, {}
         if not messages and not edits:
@@ -657,15 +690,14 @@ class Log:
     def _drop_slow_clients(self) -> None:
         for client in tuple(self.clients.values()):
             if client.buffered_bytes > settings.max_buffer_bytes:
-                errors_total.labels("slow_client").inc()
                 logger.warning("slow_client_dropped", client_id=client.id, buffered_bytes=client.buffered_bytes)
                 client.leave("slow_client", frame(struct.pack("!H", 1013) + b"Too slow: reconnect", CLOSE))
 
     def _sweep(self) -> None:
-        """Forget clients that the keepalive gave up while they had bytes unsent: nothing else would tell of them."""
+        """Forget clients whose connection has ended while they had bytes unsent: nobody else would tell of it."""
         for client in tuple(self.clients.values()):
             if client.transport.is_closing():
-                client.leave("keepalive")
+                client.leave(client.end())
         if self.clients:
             self.loop.call_later(SWEEP_SECONDS, self._sweep)
 
@@ -684,7 +716,7 @@ def apply_edits(data: bytes, places: list[int], edits: list[Edit]) -> bytes:
     return b"".join(own)
 
 
-logs: dict[asyncio.AbstractEventLoop, Log] = {}
+logs: dict[asyncio.AbstractEventLoop, Log] = globals().get("logs", {})
 
 
 def publish(message: WebSocketMessage, sender: Client | None = None) -> int:
@@ -733,12 +765,12 @@ def _bearer_matches(token: str, expected: str) -> bool:
 
 def _refusal(status: int, error: str, text: str, **fields: str) -> HTTPException:
     errors_total.labels(error).inc()
-    warn_once(error, **fields)
+    warn(error, **fields)
     return HTTPException(status, text, {"WWW-Authenticate": "Bearer"} if status == 401 else None)
 
 
 def _same_host(origin: str, host: str) -> bool:
-    scheme, netloc = urlsplit(origin.lower())[:2]
+    scheme, _, netloc = origin.lower().partition("://")
     port = {"http": ":80", "https": ":443"}.get(scheme)
     return port is not None and netloc.removesuffix(port) == host.lower().removesuffix(port)
 
@@ -789,27 +821,28 @@ async def websocket_endpoint(websocket: WebSocket) -> None:
 
 async def handle_connection(websocket: WebSocket) -> None:
     """Accept a client without asking who it is, and serve it until it goes."""
-    offered = websocket.scope.get("subprotocols", [])
-    await websocket.accept("bearer" if offered[:1] == ["bearer"] else None)
-    transport, receive = open_transport(websocket)
+    transport, receive, protocol = open_transport(websocket)
     loop = asyncio.get_running_loop()
     log = logs.get(loop) or logs.setdefault(loop, Log(loop))
     address = f"{websocket.client.host}:{websocket.client.port}" if websocket.client else ""
-    client = Client(address, transport, log)
-    clients[client.id] = client
-    log.add(client)
-    websocket.scope["datadivr.client_id"] = client.id
+    client = Client(address, transport, log, protocol)
+    clients[client.id] = client  # before anything is awaited, or more than DATADIVR_MAX_CLIENTS could come in
     clients_gauge.inc()
     connections_total.inc()
-    logger.info("client_connected", client_id=client.id, address=address)
-    reason = "client"
     try:
+        offered = websocket.scope.get("subprotocols", [])
+        await websocket.accept("bearer" if offered[:1] == ["bearer"] else None)
+        log.add(client)
+        websocket.scope["datadivr.client_id"] = client.id
+        logger.info("client_connected", client_id=client.id, address=address)
         await _announce(client, "$connect")
-        reason = await _serve(client, receive)
+        await _serve(client, receive)
     finally:
-        client.leave(reason)
+        client.leave(client.end())
         if isinstance(transport, AsgiTransport):
             await transport.finish()
+        else:
+            protocol.close_sent = True  # or uvicorn's stop would send a close frame after the one it has answered
         await _announce(client, "$disconnect")
 
 
@@ -818,8 +851,8 @@ async def _announce(client: Client, event_name: str) -> None:
         await _handle(client, WebSocketMessage(event_name=event_name, from_id=client.id))
 
 
-async def _serve(client: Client, receive: Receive) -> str:
-    """Handle a client's messages, one after the other, until it goes, and return the reason."""
+async def _serve(client: Client, receive: Receive) -> None:
+    """Handle a client's messages, one after the other, until it goes."""
     handlers = _registry[HandlerType.SERVER]
     allowance = YIELD_BYTES
     while (event := await receive())["type"] == "websocket.receive":
@@ -836,7 +869,6 @@ async def _serve(client: Client, receive: Receive) -> str:
         if allowance <= 0:  # a queue that is not empty lets nobody else run
             allowance = YIELD_BYTES
             await asyncio.sleep(0)
-    return {1009: "message_too_big", 1012: "server_stop"}.get(event.get("code", 1005), "client")
 
 
 def _read(client: Client, data: str | bytes) -> WebSocketMessage | None:
@@ -847,7 +879,6 @@ def _read(client: Client, data: str | bytes) -> WebSocketMessage | None:
     client.log.received += 1
     limit = settings.max_message_bytes
     if len(data) * 4 > limit and len(data.encode() if isinstance(data, str) else data) > limit:
-        errors_total.labels("message_too_big").inc()
         client.disconnect(1009, f"The limit is {limit} bytes", "message_too_big")
         return None
     if settings.max_messages_per_second and not client.take_token():
@@ -867,7 +898,9 @@ async def _handle(client: Client, message: WebSocketMessage) -> None:
         answer = await handle_msg(message)
         if answer is not None:
             _send(client, answer)
-    except Exception:
+    except (Exception, asyncio.CancelledError):
+        if (task := asyncio.current_task()) and task.cancelling():
+            raise  # it is this connection that is cancelled, not something that the handler awaited
         client.report("handler_error", f"The handler of {message.event_name!r} failed.", "handler_error", exc_info=True)
 
 
@@ -1022,8 +1055,12 @@ async def disconnect_client(client_id: str) -> None:
     "/messages",
     status_code=202,
     max_body_size=settings.max_message_bytes,
-    responses=NOT_FOUND
-    | {400: {"model": Detail}, 413: {"model": Detail}, 422: {"description": "Not a message, or a reserved name."}},
+    responses={
+        **NOT_FOUND,
+        400: {"model": Detail},
+        413: {"model": Detail},
+        422: {"content": {"application/json": {"schema": {"$ref": "#/components/schemas/HTTPValidationError"}}}},
+    },
     openapi_extra={
         "requestBody": {"required": True, "content": {"application/json": {"schema": Announcement.model_json_schema()}}}
     },
@@ -1035,14 +1072,22 @@ async def post_message(request: Request) -> Recipients:
     except ValidationError as error:
         if error.errors()[0]["type"] == "json_invalid":
             raise HTTPException(400, describe(error)) from None
-        raise RequestValidationError(error.errors(include_url=False)) from None
+        details = error.errors(include_url=False, include_input=False)
+        raise RequestValidationError([{**detail, "loc": ("body", *detail["loc"])} for detail in details]) from None
+    except ClientDisconnect:
+        raise HTTPException(400, "The body ended early.") from None
     recipients = publish(WebSocketMessage(**dict(announcement)))
     if not recipients and announcement.to not in ("all", "others"):
         raise HTTPException(404, "No client with the id in `to` is connected.")
     return Recipients(recipients=recipients)
 
 
-@router.get("/metrics", dependencies=[Depends(authorize_scrape)], response_class=Response)
+@router.get(
+    "/metrics",
+    dependencies=[Depends(authorize_scrape)],
+    responses={401: {"model": Detail}},
+    response_class=PlainTextResponse,
+)
 async def get_metrics(request: Request) -> Response:
     """Report the metrics in Prometheus' text format, or in OpenMetrics where that is asked for."""
     generate, content_type = choose_encoder(request.headers.get("accept", ""))
@@ -1082,8 +1127,10 @@ class App(FastAPI):
         if admitted:
             await handle_connection(WebSocket(scope, receive, send))
         elif scope["type"] == "websocket":
-            for _ in range(8):  # uvicorn logs an error where this returns before a refused connection is lost
-                await asyncio.sleep(0)
+            for _ in range(200):  # uvicorn logs an error where this returns before a refused connection is lost
+                if getattr(getattr(receive, "__self__", None), "handshake_complete", True):
+                    break
+                await asyncio.sleep(0.01)
 
 
 app = App(title="datadivr", version=__version__)
@@ -1093,10 +1140,11 @@ app.include_router(router)
 # Code written for the package that this file implements imports from `datadivr.transport.messages` and
 # `datadivr.transport.server`: the import system finds each of them in `sys.modules` once it has imported this file.
 # Run as a program, this file is known under its own name too, or a handler's import of it would make a second copy.
-_name = __spec__.name if __spec__ else Path(__file__).stem
-transport = messages = server = sys.modules[_name] = sys.modules[__name__]
-for _path in ("transport", "transport.messages", "transport.server"):
-    sys.modules[f"{_name}.{_path}"] = sys.modules[__name__]
+if __name__ in sys.modules:
+    _name = __spec__.name if __spec__ else Path(__file__).stem
+    transport = messages = server = sys.modules[_name] = sys.modules[__name__]
+    for _path in ("transport", "transport.messages", "transport.server"):
+        sys.modules[f"{_name}.{_path}"] = sys.modules[__name__]
 
 
 def main() -> None:

@@ -12,8 +12,10 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import socket
+import ssl
 import statistics
 import struct
 import subprocess
@@ -128,12 +130,15 @@ class Live:
     def __init__(self, app: Any = datadivr.app, **options: Any) -> None:
         config = uvicorn.Config(app, port=0, log_config=None, **options)
         self.server = uvicorn.Server(config)
-        self.thread = threading.Thread(target=self.server.run)
+        self.thread = threading.Thread(target=self.server.run, daemon=True)
         self.thread.start()
         wait_until(lambda: self.server.started or not self.thread.is_alive(), "uvicorn to start")
         self.port = self.server.servers[0].sockets[0].getsockname()[1]
 
-    def stop(self) -> None:
+    def __enter__(self) -> "Live":
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self.server.should_exit = True
         self.thread.join(LIMIT)
         assert not self.thread.is_alive()
@@ -242,9 +247,8 @@ def _token(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def live(registry: None) -> Iterator[Live]:
-    running = Live()
-    yield running
-    running.stop()
+    with Live() as running:
+        yield running
     assert datadivr.clients == {}
 
 
@@ -296,6 +300,12 @@ APPLICATION = """
     @websocket_handler("broken")
     async def broken(message):
         raise RuntimeError("internal detail")
+
+    @websocket_handler("cancelled")
+    async def cancelled(message):
+        task = asyncio.create_task(asyncio.sleep(10))
+        task.cancel()
+        await task
 
     @websocket_handler("wrong")
     async def wrong(message):
@@ -516,7 +526,7 @@ def test_a_handler_may_answer_nothing(connect: Connect, server: Process) -> None
     assert ask(client, "double", payload=1)["payload"] == 2
 
 
-@pytest.mark.parametrize("event_name", ["broken", "wrong", "unencodable"])
+@pytest.mark.parametrize("event_name", ["broken", "wrong", "unencodable", "cancelled"])
 def test_a_handler_that_fails_gets_its_sender_an_error_without_internals(
     connect: Connect, server: Process, event_name: str
 ) -> None:
@@ -749,11 +759,13 @@ def test_a_second_copy_and_a_reload_share_the_series() -> None:
         import importlib, importlib.util, sys
         import datadivr
         spec = importlib.util.spec_from_file_location("copy", datadivr.__file__)
-        copy = sys.modules["copy"] = importlib.util.module_from_spec(spec)
+        copy = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(copy)
         assert copy.clients_gauge is datadivr.clients_gauge and copy.clients is not datadivr.clients
         seconds = datadivr.handler_seconds
+        connected = datadivr.clients
         assert importlib.reload(datadivr).handler_seconds is seconds
+        assert datadivr.clients is connected
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(script)], env=environment(), check=True)
 
@@ -769,42 +781,103 @@ def test_a_frame_is_as_rfc_6455_says_and_can_be_cut_back(length: int) -> None:
     assert list(datadivr.unframe(framed * 3)) == [(0x81, b"x" * length)] * 3
 
 
-def test_a_client_that_does_not_read_is_dropped_and_the_others_are_not(
-    connect: Connect, live: Live, configure: Callable[..., None], logged: list[Any]
-) -> None:
-    configure(max_buffer_bytes=200_000)
-    before = metrics(live.port)
-    stalled = raw_client(live.port, buffer=4096)
+def test_a_client_that_does_not_read_is_dropped_and_the_others_are_not(connect: Connect, server: Process) -> None:
+    before = metrics(server.port)
     reader = connect()
-    payload = "x" * 50_000
-    wait_until(lambda: len(datadivr.clients) == 2, "both clients")
-    for _ in range(400):
-        assert ask(reader, "fill", payload=payload, to="all")["payload"] == payload
-        if len(datadivr.clients) == 1:
-            break
-    assert list(datadivr.clients) == [id_of(reader)]
-    after = metrics(live.port)
-    for name in ('errors_total{type="slow_client"}', 'disconnections_total{reason="slow_client"}'):
-        assert after[name] - before[name] == 1
-    (entry,) = (entry for entry in logged if entry["event"] == "slow_client_dropped")
-    assert (entry["log_level"], entry["buffered_bytes"] > 200_000) == ("warning", True)
-    with contextlib.suppress(ConnectionResetError):
-        while stalled.recv(1 << 20):
-            pass
-    stalled.close()
+    payload = "x" * 900_000
+    with raw_client(server.port, buffer=4096) as stalled:
+        own_id(stalled)
+        for _ in range(20):
+            assert ask(reader, "fill", payload=payload, to="all")["payload"] == payload
+            if total(server.port) == 1:
+                break
+        assert id_of(reader)
+        after = metrics(server.port)
+        for name in ('errors_total{type="slow_client"}', 'disconnections_total{reason="slow_client"}'):
+            assert after[name] - before[name] == 1
+        assert re.search(r"slow_client_dropped +buffered_bytes=\d+ +client_id=", server.log)
 
 
-def test_a_client_that_stalls_below_the_limit_is_gone_once_the_keepalive_gives_it_up(registry: None) -> None:
-    live = Live(ws_ping_interval=1, ws_ping_timeout=1)
-    stalled = raw_client(live.port, buffer=4096)
-    wait_until(lambda: datadivr.clients, "the client")
-    while not next(iter(datadivr.clients.values())).buffered_bytes:
-        fill = {"event_name": "fill", "payload": "x" * 1_000_000}
-        httpx.post(f"http://127.0.0.1:{live.port}/messages", json=fill, headers=ADMIN)
-    wait_until(lambda: not datadivr.clients, "the keepalive")
-    wait_until(lambda: not live.server.server_state.connections, "the socket's end")
-    live.stop()
-    stalled.close()
+def stall(port: int, client_id: str) -> None:
+    """Send to a client that does not read until bytes for it are unsent."""
+    fill = {"event_name": "fill", "payload": "x" * 900_000, "to": client_id}
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", headers=ADMIN) as api:
+        for _ in range(10):
+            api.post("/messages", json=fill)
+            if api.get(f"/clients/{client_id}").json()["buffered_bytes"]:
+                return
+    raise AssertionError("the client reads")
+
+
+def own_id(client: socket.socket) -> str:
+    """Ask for the id of a raw client."""
+    client.sendall(masked('{"event_name": "whoami"}'))
+    heard = b""
+    while b"}" not in heard:
+        heard += client.recv(4096)
+    ((_, payload),) = datadivr.unframe(heard)
+    return str(json.loads(payload)["payload"])
+
+
+def reasons() -> dict[str, float]:
+    """Return how many clients of this process's servers went for which reason, without the zeros."""
+    samples = [sample for metric in datadivr.disconnections_total.collect() for sample in metric.samples]
+    return {s.labels["reason"]: s.value for s in samples if s.name.endswith("_total") and s.value}
+
+
+@pytest.fixture
+def ended() -> Callable[[], dict[str, float]]:
+    """Return a function that tells the reasons that were counted since the test began."""
+    before = reasons()
+    return lambda: {
+        name: value - before.get(name, 0) for name, value in reasons().items() if value > before.get(name, 0)
+    }
+
+
+def test_a_client_that_stalls_below_the_limit_is_gone_once_the_keepalive_gives_it_up(
+    ended: Callable[[], dict[str, float]],
+) -> None:
+    with Live(ws_ping_interval=1, ws_ping_timeout=1) as live, raw_client(live.port, buffer=4096) as stalled:
+        stall(live.port, own_id(stalled))
+        wait_until(lambda: not datadivr.clients, "the keepalive")
+        wait_until(lambda: not live.server.server_state.connections, "the socket's end")
+    assert ended() == {"keepalive": 1}
+
+
+def test_a_client_that_vanished_is_counted_as_given_up_by_the_keepalive(ended: Callable[[], dict[str, float]]) -> None:
+    with Live(ws_ping_interval=0.1, ws_ping_timeout=0.1) as live, raw_client(live.port):
+        wait_until(lambda: ended() == {"keepalive": 1}, "the keepalive")
+
+
+@pytest.mark.parametrize("code", [1000, 1009, 1012])
+def test_a_client_does_not_choose_the_reason_that_is_counted(
+    live: Live, connect: Connect, ended: Callable[[], dict[str, float]], code: int
+) -> None:
+    connect().close(code)
+    wait_until(lambda: ended() == {"client": 1}, "its end")
+
+
+def test_a_message_over_uvicorns_own_limit_is_counted(ended: Callable[[], dict[str, float]]) -> None:
+    errors = datadivr.errors_total.labels("message_too_big")
+    before = errors._value.get()
+    with Live(ws_max_size=1000) as live, raw_client(live.port) as client:
+        client.sendall(masked("x" * 1001))
+        wait_until(lambda: ended() == {"message_too_big": 1}, "its end")
+    assert errors._value.get() - before == 1
+
+
+def test_clients_that_the_stop_closed_are_counted(ended: Callable[[], dict[str, float]]) -> None:
+    with Live() as live, raw_client(live.port):
+        wait_until(lambda: datadivr.clients, "the client")
+    assert ended() == {"server_stop": 1}
+
+
+def test_a_stop_after_a_stalled_clients_own_close_is_clean(caplog: pytest.LogCaptureFixture) -> None:
+    with Live() as live, raw_client(live.port, buffer=4096) as stalled:
+        stall(live.port, own_id(stalled))
+        stalled.sendall(b"\x88\x80\0\0\0\0")
+        wait_until(lambda: not datadivr.clients, "its end")
+    assert "InvalidState" not in caplog.text
 
 
 def test_a_flood_from_one_client_leaves_the_others_their_turn(server: Process, connect: Connect) -> None:
@@ -841,6 +914,10 @@ class FakeLoop:
 
     def __init__(self) -> None:
         self.soon: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
+        self.now = 0.0
+
+    def time(self) -> float:
+        return self.now
 
     def call_soon(self, callback: Callable[..., Any], *args: Any) -> None:
         self.soon.append((callback, args))
@@ -899,6 +976,10 @@ class FanOut(RuleBasedStateMachine):
         self.expected: dict[datadivr.Client, list[bytes]] = {}
         self.transports: dict[datadivr.Client, FakeTransport] = {}
         self.number = 0
+        self.before = self._counted()
+
+    def _counted(self) -> tuple[float, float]:
+        return datadivr.messages_sent_total._value.get(), datadivr.bytes_sent_total._value.get()
 
     def _message(self) -> bytes:
         self.number += 1
@@ -973,6 +1054,9 @@ class FanOut(RuleBasedStateMachine):
             if not self.transports[client].closing:
                 assert self.transports[client].received == expected
                 assert client.messages_sent == len(expected)
+        written = [message for transport in self.transports.values() for message in transport.received]
+        counted = tuple(now - before for now, before in zip(self._counted(), self.before, strict=True))
+        assert counted == (len(written), sum(len(message) + 2 for message in written))
 
     def _gone(self, client: datadivr.Client) -> None:
         expected = self.expected.pop(client)
@@ -1081,10 +1165,13 @@ def test_what_is_not_a_message_gets_an_error_that_names_the_field(
     assert id_of(client) == client_id
 
 
+@pytest.mark.parametrize("kind", [str, str.encode])
 @pytest.mark.parametrize("text", ["x" * (1 << 20), "é" * (1 << 19)])
-def test_a_message_over_the_limit_closes_its_connection(connect: Connect, server: Process, text: str) -> None:
+def test_a_message_over_the_limit_closes_its_connection(
+    connect: Connect, server: Process, text: str, kind: Callable[[str], str | bytes]
+) -> None:
     client, bystander = connect(), connect()
-    say(client, "big", payload=text)
+    client.send(kind(json.dumps({"event_name": "big", "payload": text}, ensure_ascii=False)))
     assert close_code(client) == 1009
     assert id_of(bystander)
 
@@ -1104,6 +1191,66 @@ def test_messages_over_the_rate_are_dropped_with_one_error_a_second(
     (connected,) = datadivr.clients.values()
     wait_until(lambda: time.monotonic() - connected.refilled_at > 0.4, "a token")
     assert ask(client, "m", payload="again", to="all")["payload"] == "again"
+
+
+def test_a_rate_is_a_token_bucket_of_one_second(configure: Callable[..., None], logged: list[Any]) -> None:
+    configure(max_messages_per_second=4)
+    loop, log = fake_log()
+    client, transport = fake_client(log)
+    taken = []
+    for now in (0, 0, 0, 0, 0, 0.2, 0.25, 0.5, 0.5, 0.99, 1.0, 9, 9, 9, 9, 9):
+        loop.now = now
+        taken.append(client.take_token())
+    assert taken == [True] * 4 + [False, False, True, True, False, True, False] + [True] * 4 + [False]
+    log.flush()
+    times = [json.loads(text)["payload"]["code"] for text in transport.received]
+    assert times == ["rate_limited"] * 3  # at 0, 1 and 9
+    client.leave("client")
+
+
+def test_a_client_that_floods_yields_after_16_messages(registry: None, logged: list[Any]) -> None:
+    async def flood() -> list[int]:
+        waiting, received, seen = 160, [], []
+        log = datadivr.Log(asyncio.get_running_loop())
+        client, _ = fake_client(log)
+
+        async def receive() -> Json:
+            nonlocal waiting
+            waiting -= 1
+            received.append(waiting)
+            return {"type": "websocket.receive", "text": '{"event_name": "x"}'} if waiting >= 0 else {"type": "end"}
+
+        serving = asyncio.create_task(datadivr._serve(client, receive))
+        while not serving.done():
+            seen.append(len(received))
+            await asyncio.sleep(0)
+        client.leave("client")
+        return seen
+
+    seen = asyncio.run(flood())
+    assert {later - earlier for earlier, later in zip(seen, seen[1:], strict=False)} <= {1, 16}
+    assert len(seen) >= 10
+
+
+@pytest.mark.parametrize("name", ["uvicorn", "granian"])
+def test_clients_that_come_at_once_do_not_exceed_the_limit(tmp_path: Path, name: str) -> None:
+    (tmp_path / "application.py").write_text(textwrap.dedent(APPLICATION))
+    with Process(*SERVERS[name], cwd=tmp_path, DATADIVR_MAX_CLIENTS="3") as process, contextlib.ExitStack() as stack:
+        process.wait_until_up()
+        statuses: list[int] = []
+
+        def come() -> None:
+            try:
+                statuses.append(stack.enter_context(dial(f"ws://127.0.0.1:{process.port}/ws")).response.status_code)
+            except InvalidStatus as refused:
+                statuses.append(refused.response.status_code)
+
+        threads = [threading.Thread(target=come) for _ in range(20)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(LIMIT)
+        assert sorted(statuses) == [101] * 3 + [503] * 17
 
 
 def test_clients_over_the_limit_are_refused_until_one_goes(
@@ -1130,6 +1277,7 @@ def test_clients_over_the_limit_are_refused_until_one_goes(
         ("http://b.example", "a.example", (), 403),
         ("null", "a.example", (), 403),
         ("", "a.example", (), 403),
+        ("http://[a.example", "a.example", (), 403),
         ("chrome-extension://a.example", "a.example", (), 403),
         ("https://B.example", "a.example", ("https://b.example",), None),
         ("http://b.example", "a.example", ("https://b.example",), 403),
@@ -1373,19 +1521,29 @@ def test_a_client_is_disconnected_after_what_was_sent_to_it(connect: Connect, se
     assert id_of(other)
 
 
-def test_a_stalled_client_is_disconnected_without_waiting_for_it(live: Live, connect: Connect) -> None:
-    stalled = raw_client(live.port, buffer=4096)
-    wait_until(lambda: datadivr.clients, "the client")
-    (client,) = datadivr.clients.values()
-    with httpx.Client(base_url=f"http://127.0.0.1:{live.port}", headers=ADMIN) as api:
-        while not client.buffered_bytes:
-            api.post("/messages", json={"event_name": "fill", "payload": "x" * 100_000})
+def test_a_client_is_disconnected_while_its_handler_runs(connect: Connect, server: Process) -> None:
+    client = connect()
+    client_id = id_of(client)
+    say(client, "slow", payload=2)
+    other = connect()
+    assert id_of(other)
+    start = time.monotonic()
+    assert httpx.delete(f"http://127.0.0.1:{server.port}/clients/{client_id}", headers=ADMIN).status_code == 204
+    assert close_code(client) == 1008
+    assert time.monotonic() - start < 1.5
+
+
+@pytest.mark.parametrize("ws", ["auto", "wsproto"])
+def test_a_stalled_client_is_disconnected_without_waiting_for_it(ws: str) -> None:
+    with Live(ws=ws) as live, raw_client(live.port, buffer=4096) as stalled:
+        client_id = own_id(stalled)
+        stall(live.port, client_id)
         start = time.monotonic()
-        assert api.delete(f"/clients/{client.id}").status_code == 204
+        url = f"http://127.0.0.1:{live.port}/clients"
+        assert httpx.delete(f"{url}/{client_id}", headers=ADMIN).status_code == 204
+        assert httpx.get(url, headers=ADMIN).json()["total"] == 0
         assert time.monotonic() - start < 1
-        assert api.get("/clients").json()["total"] == 0
-    wait_until(lambda: not live.server.server_state.connections, "its socket's end")
-    stalled.close()
+        wait_until(lambda: not live.server.server_state.connections, "its socket's end")
 
 
 @pytest.mark.parametrize("method", ["GET", "DELETE"])
@@ -1421,6 +1579,8 @@ def test_an_announcement_to_one_reaches_it_alone(connect: Connect, server: Proce
         (b'{"event_name": ""}', 422, "event_name"),
         (b'{"payload": 1}', 422, "event_name"),
         (b"[]", 422, "object"),
+        (b'{"event_name": "x", "to": NaN}', 422, '["body","to"]'),
+        (b"[1e999]", 422, "object"),
         (b"{", 400, "Invalid JSON"),
         (b"", 400, "Invalid JSON"),
         (b'{"event_name": "\xff"}', 400, "Invalid JSON"),
@@ -1630,12 +1790,10 @@ def test_a_host_includes_the_router(registry: None) -> None:
     asked = []
     host = fastapi.FastAPI()
     host.include_router(datadivr.router, prefix="/realtime", dependencies=[fastapi.Depends(lambda: asked.append(1))])
-    live = Live(host)
-    with dial(f"ws://127.0.0.1:{live.port}/realtime/ws") as client:
+    with Live(host) as live, dial(f"ws://127.0.0.1:{live.port}/realtime/ws") as client:
         assert id_of(client)
         assert httpx.get(f"http://127.0.0.1:{live.port}/realtime/clients", headers=ADMIN).json()["total"] == 1
     assert len(asked) == 2
-    live.stop()
 
 
 def test_a_host_mounts_the_application_without_a_lifespan(configure: Callable[..., None], logged: list[Any]) -> None:
@@ -1643,14 +1801,12 @@ def test_a_host_mounts_the_application_without_a_lifespan(configure: Callable[..
     datadivr.admin_token.cache_clear()
     host = fastapi.FastAPI()
     host.mount("/realtime", datadivr.app)
-    live = Live(host)
-    with dial(f"ws://127.0.0.1:{live.port}/realtime/ws") as client:
+    with Live(host) as live, dial(f"ws://127.0.0.1:{live.port}/realtime/ws") as client:
         assert id_of(client)
         assert httpx.get(f"http://127.0.0.1:{live.port}/realtime/clients").status_code == 401
         (token,) = (entry["token"] for entry in logged if entry["event"] == "admin_token_generated")
         headers = {"Authorization": f"Bearer {token}"}
         assert httpx.get(f"http://127.0.0.1:{live.port}/realtime/clients", headers=headers).json()["total"] == 1
-    live.stop()
 
 
 @pytest.mark.parametrize("lifespan", [True, False])
@@ -1693,24 +1849,55 @@ def test_another_server_gets_the_adapter_and_one_warning(server: Process, connec
     assert server.log.count("fanout_through_asgi") == adapted
 
 
+def test_a_stop_under_tls_does_not_wait_for_clients(tmp_path: Path) -> None:
+    if not shutil.which("openssl"):
+        assert "CI" not in os.environ, "CI has openssl"
+        pytest.skip("openssl is not installed")
+    subject = ["-subj", "/CN=localhost", "-keyout", "key.pem", "-out", "certificate.pem"]
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", *subject]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    tls = ["--ssl-keyfile", str(tmp_path / "key.pem"), "--ssl-certfile", str(tmp_path / "certificate.pem")]
+    trust = ssl.create_default_context(cafile=tmp_path / "certificate.pem")
+    with Process("-m", "uvicorn", "datadivr:app", "--port", "{port}", *tls) as process:
+        wait_until(lambda: "running on" in process.log, "the server to start")
+        with dial(f"wss://localhost:{process.port}/ws", ssl=trust) as client:
+            assert id_of(client)
+            idle = trust.wrap_socket(socket.create_connection(("localhost", process.port)), server_hostname="localhost")
+            with idle:
+                idle.sendall(UPGRADE)
+                assert idle.recv(4096).startswith(b"HTTP/1.1 101")
+                start = time.monotonic()
+                process.stop()
+                assert time.monotonic() - start < 5
+
+
 def test_sigterm_closes_every_client_and_ends_in_time_with_stalled_ones_connected() -> None:
     codes: list[int | None] = []
     with Process("-m", "uvicorn", "datadivr:app", "--port", "{port}") as process, contextlib.ExitStack() as stack:
         process.wait_until_up()
-        for _ in range(3):
-            stack.enter_context(raw_client(process.port, buffer=4096))
+        stalled = [stack.enter_context(raw_client(process.port, buffer=4096)) for _ in range(3)]
         url = f"ws://127.0.0.1:{process.port}/ws"
         clients = [stack.enter_context(dial(url, max_size=None)) for _ in range(20)]
         readers = [threading.Thread(target=lambda c=client: codes.append(close_code(c))) for client in clients]
         for reader in readers:
             reader.start()
-        for _ in range(50):
-            say(clients[0], "load", payload="x" * 100_000)
+        for client in stalled:
+            stall(process.port, own_id(client))
+
+        def talk() -> None:
+            with contextlib.suppress(ConnectionClosed):
+                while True:
+                    say(clients[0], "load", payload="x" * 100, to="all")
+
+        talker = threading.Thread(target=talk)
+        talker.start()
+        wait_until(lambda: metrics(process.port)["messages_sent_total"] > 10_000, "the load")
+        assert total(process.port) == 23
         start = time.monotonic()
         status = process.stop()
         assert time.monotonic() - start < 5
-        for reader in readers:
-            reader.join(LIMIT)
+        for thread in (*readers, talker):
+            thread.join(LIMIT)
     assert codes == [1012] * 20
     assert status == -signal.SIGTERM
     assert "Traceback" not in process.log
