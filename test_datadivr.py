@@ -1879,25 +1879,25 @@ def test_sigterm_closes_every_client_and_ends_in_time_with_stalled_ones_connecte
         stalled = [stack.enter_context(raw_client(process.port, buffer=4096)) for _ in range(3)]
         url = f"ws://127.0.0.1:{process.port}/ws"
         clients = [stack.enter_context(dial(url, max_size=None)) for _ in range(20)]
-        readers = [threading.Thread(target=lambda c=client: codes.append(close_code(c))) for client in clients]
-        for reader in readers:
-            reader.start()
         for client in stalled:
             stall(process.port, own_id(client))
 
-        def talk() -> None:
+        def talk(client: ClientConnection) -> None:
             with contextlib.suppress(ConnectionClosed):
                 while True:
-                    say(clients[0], "load", payload="x" * 100, to="all")
+                    ask(client, "load", payload="x" * 100, to="all")
+            codes.append(close_code(client))
 
-        talker = threading.Thread(target=talk)
-        talker.start()
+        talker = threading.Thread(target=talk, args=clients[:1])
+        readers = [threading.Thread(target=lambda c=client: codes.append(close_code(c))) for client in clients[1:]]
+        for thread in (talker, *readers):
+            thread.start()
         wait_until(lambda: metrics(process.port)["messages_sent_total"] > 10_000, "the load")
         assert total(process.port) == 23
         start = time.monotonic()
         status = process.stop()
         assert time.monotonic() - start < 5
-        for thread in (*readers, talker):
+        for thread in (talker, *readers):
             thread.join(LIMIT)
     assert codes == [1012] * 20
     assert status == -signal.SIGTERM
