@@ -88,7 +88,13 @@ class Process:
         self.output = io.StringIO()
         words = [sys.executable, *(word.format(port=self.port) for word in command)]
         self.popen = subprocess.Popen(
-            words, cwd=cwd, env=environment(**variables), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            words,
+            cwd=cwd,
+            env=environment(**variables),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
         )
         self.reader = threading.Thread(target=self._read)
         self.reader.start()
@@ -115,6 +121,8 @@ class Process:
     def stop(self, number: int = signal.SIGTERM) -> int:
         self.popen.send_signal(number)
         status = self.popen.wait(LIMIT)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.popen.pid, signal.SIGKILL)  # the workers that it may have left behind
         self.reader.join(LIMIT)
         return status
 
