@@ -30,6 +30,7 @@ DATADIVR_MAX_MESSAGE_BYTES           1048576     longest message, in bytes of UT
 DATADIVR_MAX_MESSAGES_PER_SECOND     0           messages a second from one client; 0 is no limit
 DATADIVR_MAX_CLIENTS                 0           clients connected at once; 0 is no limit
 DATADIVR_MAX_BUFFER_BYTES            4194304     bytes unsent to one client, above which it is dropped
+DATADIVR_COMPRESS_MIN_BYTES          1024        shortest message that is compressed for clients that can; 0 is none
 DATADIVR_PROTECT_METRICS             false       whether ``/metrics`` asks for the admin token
 DATADIVR_LOG_LEVEL                   INFO        DEBUG, INFO, WARNING, ERROR or CRITICAL
 DATADIVR_LOG_FORMAT                  console     console or json
@@ -51,6 +52,7 @@ import sys
 import threading
 import time
 import uuid
+import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
@@ -91,6 +93,7 @@ class Settings(BaseModel):
     max_messages_per_second: NonNegativeInt = 0
     max_clients: NonNegativeInt = 0
     max_buffer_bytes: PositiveInt = 4 * 1024 * 1024
+    compress_min_bytes: NonNegativeInt = 1024
     protect_metrics: bool = False
     log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"], BeforeValidator(str.upper)] = "INFO"
     log_format: Annotated[Literal["console", "json"], BeforeValidator(str.lower)] = "console"
@@ -340,6 +343,9 @@ disconnections_total = _metric(
 messages_received_total = _metric(Counter, "datadivr_messages_received_total", "Messages received from clients.")
 messages_sent_total = _metric(Counter, "datadivr_messages_sent_total", "Messages delivered, one a client.")
 bytes_sent_total = _metric(Counter, "datadivr_bytes_sent_total", "Bytes sent to clients in messages and their headers.")
+uncompressed_bytes_total = _metric(
+    Counter, "datadivr_uncompressed_bytes_total", "Bytes of the messages sent to clients, before compression."
+)
 errors_total = _metric(Counter, "datadivr_errors_total", "Errors, by type.", {"type": ERROR_TYPES})
 handler_seconds = _metric(
     Histogram, "datadivr_handler_seconds", "Seconds that a handler took.", {"event_name": _registry[HandlerType.SERVER]}
@@ -349,7 +355,10 @@ handler_seconds = _metric(
 # ---- Clients ---------------------------------------------------------------------------------------------------------
 
 TEXT, CLOSE = 0x81, 0x88  # RFC 6455, 5.2: the first byte of a frame: FIN and the opcode
+COMPRESSED_TEXT = 0xC1  # RFC 7692, 6: RSV1 too
+WINDOW_BITS = 12  # uvicorn's offer
 CLOSE_SECONDS = 2.0  # what a client has to read what is unsent and to answer a close frame
+Framing = Callable[[bytes], bytes]
 UVICORN_PROTOCOL = "uvicorn.protocols.websockets.websockets_sansio_impl.WebSocketsSansIOProtocol"
 
 
@@ -361,6 +370,35 @@ def frame(payload: bytes, first: int = TEXT) -> bytes:
     if length < 65536:
         return struct.pack("!BBH", first, 126, length) + payload
     return struct.pack("!BBQ", first, 127, length) + payload
+
+
+def frame_compressed(payload: bytes) -> bytes:
+    """Frame a payload, deflated by itself where it is long enough and shrinks (RFC 7692, 7.2.1).
+
+    It refers to nothing before it, so it is the same bytes for every client, whatever each was sent before.
+    """
+    if len(payload) >= settings.compress_min_bytes:
+        deflater = zlib.compressobj(1, wbits=-WINDOW_BITS)
+        deflated = deflater.compress(payload) + deflater.flush(zlib.Z_SYNC_FLUSH)[:-4]
+        if len(deflated) < len(payload):
+            return frame(deflated, COMPRESSED_TEXT)
+    return frame(payload)
+
+
+def choose_framing(protocol: Any) -> Framing:
+    """Return what frames a client's messages, by what it and uvicorn negotiated.
+
+    uvicorn's own compressor, which a host's `websocket.send_json` goes through, must then refer to nothing before a
+    message either. It is made anew for each, which saves its memory too.
+    """
+    framing: Framing = frame
+    for extension in protocol.conn.extensions if protocol and settings.compress_min_bytes else ():
+        if extension.name == "permessage-deflate":
+            extension.local_no_context_takeover = True
+            vars(extension).pop("encoder", None)
+            if extension.local_max_window_bits >= WINDOW_BITS:
+                framing = frame_compressed
+    return framing
 
 
 def unframe(data: bytes) -> Iterator[tuple[int, bytes]]:
@@ -492,6 +530,7 @@ class Client:
         self.connected_us = time.time_ns() // 1000
         self.transport = transport
         self.protocol = protocol  # uvicorn's, which knows who closed the connection
+        self.framing = choose_framing(protocol)
         self.log = log
         self.messages_received = 0
         self.sent_apart = 0  # what it was sent, less what its log holds
@@ -670,21 +709,29 @@ class Log:
         edits, self.edits = self.edits, {}
         if not messages and not edits:
             return
-        frames = [frame(message) for message in messages]
-        places = list(itertools.accumulate(map(len, frames), initial=0))
-        data = b"".join(frames)
-        reached = sent_bytes = apart = 0
+        compressible = max(map(len, messages), default=0) >= settings.compress_min_bytes
+        ends = list(itertools.accumulate(map(len, messages), initial=0))
+        forms: dict[Framing, tuple[bytes, list[int]]] = {}
+        reached = sent_bytes = apart = apart_bytes = 0
         for client in self.clients.values() if messages else edits:
             if client.transport.is_closing():  # uvloop raises on a write to it
                 continue
-            own = data
+            framing = client.framing if compressible else frame
+            form = forms.get(framing)
+            if form is None:
+                frames = [framing(message) for message in messages]
+                form = forms[framing] = b"".join(frames), list(itertools.accumulate(map(len, frames), initial=0))
+            own = form[0]
             if client in edits:
-                own = apply_edits(data, places, edits[client])
-                apart += sum(bool(message) - (end - start) for start, end, message in edits[client])
+                own = apply_edits(*form, edits[client], client.framing)
+                for start, end, message in edits[client]:
+                    apart += (message is not None) - (end - start)
+                    apart_bytes += len(message or b"") - (ends[end] - ends[start])
             client.transport.write(own)
             reached += 1
             sent_bytes += len(own)
         messages_sent_total.inc(reached * len(messages) + apart)
+        uncompressed_bytes_total.inc(reached * ends[-1] + apart_bytes)
         bytes_sent_total.inc(sent_bytes)
 
     def _drop_slow_clients(self) -> None:
@@ -702,7 +749,7 @@ class Log:
             self.loop.call_later(SWEEP_SECONDS, self._sweep)
 
 
-def apply_edits(data: bytes, places: list[int], edits: list[Edit]) -> bytes:
+def apply_edits(data: bytes, places: list[int], edits: list[Edit], framing: Framing) -> bytes:
     """Return one client's own bytes of a turn; `places` has where each message begins in `data`, and its end."""
     turn = memoryview(data)
     own: list[bytes | memoryview] = []
@@ -710,7 +757,7 @@ def apply_edits(data: bytes, places: list[int], edits: list[Edit]) -> bytes:
     for start, end, message in edits:
         own.append(turn[places[last] : places[start]])
         if message is not None:
-            own.append(frame(message))
+            own.append(framing(message))
         last = end
     own.append(turn[places[last] :])
     return b"".join(own)

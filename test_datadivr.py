@@ -6,6 +6,7 @@ uvicorn in a thread of this process; the others need no socket.
 
 import asyncio
 import contextlib
+import hashlib
 import io
 import itertools
 import json
@@ -25,6 +26,7 @@ import textwrap
 import threading
 import time
 import tomllib
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -38,10 +40,12 @@ import uvicorn
 from fastapi.testclient import TestClient
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from playwright.sync_api import Browser, sync_playwright
 from pydantic_core import PydanticSerializationError
 from starlette.testclient import WebSocketDenialResponse
 from starlette.websockets import WebSocketDisconnect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.extensions.permessage_deflate import ClientPerMessageDeflateFactory
 from websockets.sync.client import ClientConnection
 from websockets.sync.client import connect as dial
 from websockets.typing import Origin
@@ -153,6 +157,12 @@ class Live:
         assert not self.thread.is_alive()
 
 
+def need(there: object, what: str) -> None:
+    """Skip a test that needs a program which is not there; in CI it must be."""
+    if not there:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(f"it needs {what}")
+
+
 def say(client: ClientConnection, event_name: str, **fields: Any) -> None:
     client.send(json.dumps({"event_name": event_name, **fields}))
 
@@ -195,14 +205,15 @@ UPGRADE = (
 )
 
 
-def raw_client(port: int, buffer: int | None = None) -> socket.socket:
+def raw_client(port: int, buffer: int | None = None, extensions: str = "") -> socket.socket:
     """Connect a client that does nothing by itself: it reads only what a test reads."""
     client = socket.socket()
     client.settimeout(LIMIT)
     if buffer:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
     client.connect(("127.0.0.1", port))
-    client.sendall(UPGRADE)
+    offer = f"Sec-WebSocket-Extensions: {extensions}\r\n\r\n".encode() if extensions else b"\r\n"
+    client.sendall(UPGRADE.removesuffix(b"\r\n") + offer)
     head = b""
     while not head.endswith(b"\r\n\r\n"):
         head += client.recv(1)
@@ -790,6 +801,31 @@ def test_a_frame_is_as_rfc_6455_says_and_can_be_cut_back(length: int) -> None:
     assert list(datadivr.unframe(framed * 3)) == [(0x81, b"x" * length)] * 3
 
 
+Payloads = st.one_of(
+    st.binary(max_size=3000),
+    st.binary(min_size=1, max_size=20).map(lambda part: part * 200),
+    st.sampled_from([b"", b"x" * 1023, b"x" * 1024, b"x" * 70_000, random.Random(0).randbytes(70_000)]),
+)
+
+
+@hypothesis.given(payloads=st.lists(st.tuples(Payloads, st.booleans()), max_size=10), window=st.integers(12, 15))
+def test_a_compressed_frame_needs_nothing_of_what_came_before_it(
+    payloads: list[tuple[bytes, bool]], window: int
+) -> None:
+    inflater = zlib.decompressobj(wbits=-window)
+    for payload, compressed in payloads:
+        framed = (datadivr.frame_compressed if compressed else datadivr.frame)(payload)
+        ((first, sent),) = datadivr.unframe(framed)
+        assert inflated(first, sent, inflater) == payload
+        shrinks = first == datadivr.COMPRESSED_TEXT
+        assert len(sent) < len(payload) if shrinks else sent == payload
+
+
+@pytest.mark.parametrize(("length", "first"), [(1023, datadivr.TEXT), (1024, datadivr.COMPRESSED_TEXT)])
+def test_a_message_is_compressed_from_the_shortest_length_on(length: int, first: int) -> None:
+    assert datadivr.frame_compressed(b"x" * length)[0] == first
+
+
 def test_a_client_that_does_not_read_is_dropped_and_the_others_are_not(connect: Connect, server: Process) -> None:
     before = metrics(server.port)
     reader = connect()
@@ -948,12 +984,20 @@ def fake_log() -> tuple[FakeLoop, datadivr.Log]:
     return loop, datadivr.Log(loop)  # type: ignore[arg-type]
 
 
-def fake_client(log: datadivr.Log) -> tuple[datadivr.Client, "FakeTransport"]:
+def fake_client(
+    log: datadivr.Log, framing: datadivr.Framing = datadivr.frame
+) -> tuple[datadivr.Client, "FakeTransport"]:
     transport = FakeTransport()
     client = datadivr.Client("", transport, log)
+    client.framing = framing
     datadivr.clients[client.id] = client
     log.add(client)
     return client, transport
+
+
+def inflated(first: int, payload: bytes, inflater: Any) -> bytes:
+    """Return what a frame holds, as a client reads it (RFC 7692, 7.2.2) that keeps its context."""
+    return bytes(inflater.decompress(payload + b"\0\0\xff\xff")) if first == datadivr.COMPRESSED_TEXT else payload
 
 
 class FakeTransport:
@@ -961,12 +1005,19 @@ class FakeTransport:
 
     def __init__(self) -> None:
         self.received: list[bytes] = []
+        self.firsts: list[int] = []
+        self.wire_bytes = 0
+        self.inflater = zlib.decompressobj(wbits=-12)
         self.unsent = 0
         self.closing = False
 
     def write(self, data: bytes, /) -> None:
         assert not self.closing
-        self.received += [payload for first, payload in datadivr.unframe(data) if first == datadivr.TEXT]
+        for first, payload in datadivr.unframe(data):
+            if first != datadivr.CLOSE:
+                self.firsts.append(first)
+                self.wire_bytes += len(datadivr.frame(payload))
+                self.received.append(inflated(first, payload, self.inflater))
 
     def get_write_buffer_size(self) -> int:
         return self.unsent
@@ -988,42 +1039,43 @@ class FanOut(RuleBasedStateMachine):
         self.number = 0
         self.before = self._counted()
 
-    def _counted(self) -> tuple[float, float]:
-        return datadivr.messages_sent_total._value.get(), datadivr.bytes_sent_total._value.get()
+    def _counted(self) -> list[float]:
+        counters = datadivr.messages_sent_total, datadivr.bytes_sent_total, datadivr.uncompressed_bytes_total
+        return [counter._value.get() for counter in counters]
 
-    def _message(self) -> bytes:
+    def _message(self, long: bool) -> bytes:
         self.number += 1
-        return b"%d" % self.number
+        return b"%d" % self.number * (1024 if long else 1)
 
     def _one(self, data: st.DataObject) -> datadivr.Client:
         return data.draw(st.sampled_from(list(self.expected)))
 
-    @rule()
-    def connect(self) -> None:
-        client, self.transports[client] = fake_client(self.log)
+    @rule(framing=st.sampled_from([datadivr.frame, datadivr.frame_compressed]))
+    def connect(self, framing: datadivr.Framing) -> None:
+        client, self.transports[client] = fake_client(self.log, framing)
         self.expected[client] = []
 
-    @rule(count=st.integers(1, 3))
-    def all(self, count: int) -> None:
+    @rule(count=st.integers(1, 3), long=st.booleans())
+    def all(self, count: int, long: bool) -> None:
         for _ in range(count):
-            message = self._message()
+            message = self._message(long)
             self.log.append(message)
             for expected in self.expected.values():
                 expected.append(message)
 
     @precondition(lambda self: self.expected)
-    @rule(data=st.data())
-    def others(self, data: st.DataObject) -> None:
-        sender, message = self._one(data), self._message()
+    @rule(data=st.data(), long=st.booleans())
+    def others(self, data: st.DataObject, long: bool) -> None:
+        sender, message = self._one(data), self._message(long)
         self.log.append(message, sender)
         for client, expected in self.expected.items():
             if client is not sender:
                 expected.append(message)
 
     @precondition(lambda self: self.expected)
-    @rule(data=st.data())
-    def direct(self, data: st.DataObject) -> None:
-        client, message = self._one(data), self._message()
+    @rule(data=st.data(), long=st.booleans())
+    def direct(self, data: st.DataObject, long: bool) -> None:
+        client, message = self._one(data), self._message(long)
         self.log.insert(client, message)
         self.expected[client].append(message)
 
@@ -1064,9 +1116,15 @@ class FanOut(RuleBasedStateMachine):
             if not self.transports[client].closing:
                 assert self.transports[client].received == expected
                 assert client.messages_sent == len(expected)
-        written = [message for transport in self.transports.values() for message in transport.received]
-        counted = tuple(now - before for now, before in zip(self._counted(), self.before, strict=True))
-        assert counted == (len(written), sum(len(message) + 2 for message in written))
+        transports = self.transports.values()
+        written = [message for transport in transports for message in transport.received]
+        wire_bytes = sum(transport.wire_bytes for transport in transports)
+        counted = [now - before for now, before in zip(self._counted(), self.before, strict=True)]
+        assert counted == [len(written), wire_bytes, sum(map(len, written))]
+        for client, transport in self.transports.items():
+            compressed = [first == datadivr.COMPRESSED_TEXT for first in transport.firsts]
+            can = client.framing is datadivr.frame_compressed
+            assert compressed == [can and len(message) >= 1024 for message in transport.received]
 
     def _gone(self, client: datadivr.Client) -> None:
         expected = self.expected.pop(client)
@@ -1912,6 +1970,169 @@ def test_sigterm_closes_every_client_and_ends_in_time_with_stalled_ones_connecte
     assert "Traceback" not in process.log
 
 
+# ---- Compression -----------------------------------------------------------------------------------------------------
+
+# `pour` sends every kind of message, each with the SHA-256 of its payload, and ends with how many deliveries that were.
+POUR = """
+    import asyncio
+    import hashlib
+    import random
+
+    from datadivr import WebSocketMessage, app, broadcast, handle_connection, websocket_handler
+    from fastapi import WebSocket
+
+    sockets = []
+
+    @app.websocket("/own")
+    async def own(websocket: WebSocket):
+        sockets.append(websocket)
+        await handle_connection(websocket)
+
+    @websocket_handler("pour")
+    async def pour(message):
+        rng = random.Random(0)
+        addressed = 0
+        for number in range(2000):
+            size = int(2 ** rng.uniform(0, 12)) - 1
+            if number % 100 == 0:
+                size = rng.choice([0, 1000, 65535, 65536, 1_000_000])
+            text = rng.randbytes(size).decode("latin-1") if rng.random() < 0.1 else "".join(
+                rng.choices(["datadivr ", "\u00e9t\u00e9 ", "{}", "12", "\U0001f600"], k=size // 4)
+            )
+            digest = hashlib.sha256(text.encode()).hexdigest()
+            socket = rng.choice(sockets)
+            to = rng.choice(["all", "others", socket.scope["datadivr.client_id"], "send_json"])
+            poured = WebSocketMessage(event_name="poured", payload=text, to=to, message=digest)
+            if to == "send_json":
+                await socket.send_json(poured.model_dump())
+                addressed += 1
+            else:
+                addressed += await broadcast(poured, socket)
+            if rng.random() < 0.1:
+                await asyncio.sleep(0)
+        return WebSocketMessage(event_name="end", payload=addressed, to="all")
+"""
+POURED_IN_NODE = """
+    const WebSocket = require("ws");
+    const { createHash } = require("crypto");
+    const socket = new WebSocket(process.argv[1]);
+    let right = 0;
+    socket.on("message", (data) => {
+      const message = JSON.parse(data);
+      if (message.event_name === "end") {
+        console.log(JSON.stringify([socket.extensions, right]));
+        socket.close();
+      } else if (createHash("sha256").update(message.payload).digest("hex") === message.message) right++;
+    });
+"""
+POURED_IN_A_PAGE = """
+    (url) => {
+      const socket = new WebSocket(url);
+      const digests = [];
+      const sha256 = async ({ payload, message }) => {
+        const digest = await crypto.subtle.digest("SHA-256", new TextEncoder().encode(payload));
+        return message === Array.from(new Uint8Array(digest), (byte) => byte.toString(16).padStart(2, "0")).join("");
+      };
+      window.poured = new Promise((resolve) => {
+        socket.onmessage = async (event) => {
+          const message = JSON.parse(event.data);
+          if (message.event_name !== "end") return digests.push(sha256(message));
+          resolve([socket.extensions, (await Promise.all(digests)).filter(Boolean).length]);
+        };
+      });
+    }
+"""
+
+
+def poured(client: ClientConnection) -> int:
+    """Read until the end, and return how many messages were right."""
+    right = 0
+    while (message := hear(client))["event_name"] != "end":
+        right += hashlib.sha256(message["payload"].encode()).hexdigest() == message["message"]
+    return right
+
+
+@contextlib.contextmanager
+def node_client(url: str) -> Iterator[Callable[[], tuple[str, int]]]:
+    need(
+        shutil.which("node") and not subprocess.run(["node", "-e", "require('ws')"], stderr=-3).returncode, "Node's ws"
+    )
+    with subprocess.Popen(["node", "-e", POURED_IN_NODE, url], stdout=subprocess.PIPE, text=True) as node:
+        yield lambda: tuple(json.loads(node.communicate(timeout=LIMIT)[0]))
+
+
+@contextlib.contextmanager
+def chromium() -> Iterator[Browser]:
+    path = shutil.which("chromium")
+    need(path, "chromium")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=path, args=["--no-sandbox", "--disable-background-networking"]
+        )
+        yield browser
+        browser.close()
+
+
+@contextlib.contextmanager
+def chromium_client(url: str) -> Iterator[Callable[[], tuple[str, int]]]:
+    with chromium() as browser:
+        page = browser.new_page()
+        page.goto(url.replace("ws://", "http://").replace("/own", "/healthz"))
+        page.evaluate(POURED_IN_A_PAGE, url)
+        yield lambda: tuple(page.evaluate("window.poured"))
+
+
+@pytest.mark.parametrize("foreign", [node_client, chromium_client])
+def test_clients_with_and_without_compression_all_get_what_was_sent(
+    tmp_path: Path, foreign: Callable[[str], Any]
+) -> None:
+    (tmp_path / "application.py").write_text(textwrap.dedent(POUR))
+    settings: Json = {"DATADIVR_MAX_BUFFER_BYTES": str(1 << 28)}
+    with Process(*SERVERS["uvicorn"], cwd=tmp_path, **settings) as process, contextlib.ExitStack() as stack:
+        process.wait_until_up()
+        url = f"ws://127.0.0.1:{process.port}/own"
+        foreign_poured = stack.enter_context(foreign(url))
+        offers = [ClientPerMessageDeflateFactory(server_max_window_bits=bits) for bits in range(9, 16)]
+        offers.append(ClientPerMessageDeflateFactory(server_no_context_takeover=True))
+        options: list[Json] = [{"compression": None}, {}, *({"compression": None, "extensions": [o]} for o in offers)]
+        clients = [stack.enter_context(dial(url, max_size=None, max_queue=None, **option)) for option in options]
+        wait_until(lambda: total(process.port) == len(clients) + 1, "the clients")
+        driver = stack.enter_context(dial(f"ws://127.0.0.1:{process.port}/ws", max_size=None, max_queue=None))
+        rights: list[int] = []
+        threads = [threading.Thread(target=lambda c=client: rights.append(poured(c))) for client in clients]
+        for thread in threads:
+            thread.start()
+        say(driver, "pour")
+        while (message := hear(driver))["event_name"] != "end":
+            rights.append(1)
+        extensions, right = foreign_poured()
+        for thread in threads:
+            thread.join(LIMIT)
+        assert "permessage-deflate" in extensions
+        assert sum(rights) + right == message["payload"]
+        saved = metrics(process.port)
+        assert saved["bytes_sent_total"] < 0.8 * saved["uncompressed_bytes_total"]
+
+
+@pytest.mark.parametrize(("bits", "compressed"), [(9, False), (11, False), (12, True), (15, True)])
+def test_a_client_whose_window_is_too_small_gets_plain_frames(live: Live, bits: int, compressed: bool) -> None:
+    with raw_client(live.port, extensions=f"permessage-deflate; server_max_window_bits={bits}") as client:
+        client.sendall(masked(json.dumps({"event_name": "x", "to": "all", "payload": "x" * 5000})))
+        assert client.recv(1)[0] == (datadivr.COMPRESSED_TEXT if compressed else datadivr.TEXT)
+    wait_until(lambda: not datadivr.clients, "its end")
+
+
+def test_compression_switched_off_leaves_the_connections_own_alone(
+    live: Live, configure: Callable[..., None], connect: Connect
+) -> None:
+    configure(compress_min_bytes=0)
+    assert ask(connect(), "x", to="all", payload="x" * 5000)["payload"] == "x" * 5000
+    (client,) = datadivr.clients.values()
+    (extension,) = client.protocol.conn.extensions
+    assert hasattr(extension, "encoder")
+    assert client.framing is datadivr.frame
+
+
 # ---- Benchmarks: `pytest -m benchmark` -------------------------------------------------------------------------------
 #
 # Each server runs in a process of its own, on one processor where there are two, and this process on another. The
@@ -1962,6 +2183,7 @@ class Peer(asyncio.Protocol):
     """One client of a load: it counts the marks that it gets."""
 
     transport: asyncio.Transport
+    upgrade = UPGRADE
 
     def __init__(self, load: "Load") -> None:
         self.load = load
@@ -1973,11 +2195,14 @@ class Peer(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self.transport = transport
-        transport.write(UPGRADE)
+        transport.write(self.upgrade)
+
+    def count(self, data: bytes) -> int:
+        return data.count(MARK)
 
     def data_received(self, data: bytes) -> None:
         if self.open.done():
-            before, self.deliveries = self.deliveries, self.deliveries + data.count(MARK)
+            before, self.deliveries = self.deliveries, self.deliveries + self.count(data)
             if before < self.load.goal <= self.deliveries:
                 self.load.behind -= 1
                 if not self.load.behind:
@@ -1992,11 +2217,32 @@ class Peer(asyncio.Protocol):
         self.lost.set_result(None)
 
 
+class BrowserPeer(Peer):
+    """A client that offers permessage-deflate: it counts frames, of less than 64 KiB, since marks are compressed."""
+
+    upgrade = UPGRADE[:-2] + b"Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits\r\n\r\n"
+    unread = b""
+
+    def count(self, data: bytes) -> int:
+        self.unread += data
+        frames = 0
+        while len(self.unread) >= 4:
+            head, length = 2, self.unread[1]
+            if length == 126:
+                head, length = 4, int.from_bytes(self.unread[2:4])
+            if len(self.unread) < head + length:
+                break
+            self.unread = self.unread[head + length :]
+            frames += 1
+        return frames
+
+
 class Load:
     """Clients of one server, and what they got."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, peer: type[Peer] = Peer) -> None:
         self.port = port
+        self.peer = peer
         self.peers: list[Peer] = []
         self.goal = self.behind = 0
         self.reached = asyncio.Event()
@@ -2006,7 +2252,9 @@ class Load:
 
         async def connect_one() -> None:
             async with gate:
-                _, peer = await asyncio.get_running_loop().create_connection(lambda: Peer(self), "127.0.0.1", self.port)
+                _, peer = await asyncio.get_running_loop().create_connection(
+                    lambda: self.peer(self), "127.0.0.1", self.port
+                )
                 await peer.open
                 self.peers.append(peer)
 
@@ -2038,7 +2286,8 @@ class Load:
 
 
 def text_to_all(size: int) -> bytes:
-    return masked('{"event_name": "msg", "to": "all", "message": "ÿ%s"}' % ("x" * size))
+    filler = random.Random(0).randbytes(size // 2).hex()
+    return masked(json.dumps({"event_name": "msg", "to": "all", "message": f"ÿ{filler}"}, ensure_ascii=False))
 
 
 @contextlib.contextmanager
@@ -2076,11 +2325,12 @@ def test_fan_out_beside_the_tutorials_pattern(tmp_path: Path, capsys: pytest.Cap
         "16 in flight": (200, 1600, 16, 64, 1),
         "everybody talks": (200, 2000, 200, 128, 200),
         "16 KB": (200, 160, 16, 16384, 1),
+        "6 KB, permessage-deflate": (200, 400, 8, 6000, 1),
     }
     rates: dict[tuple[str, str], list[float]] = {}
 
-    async def run(port: int, clients: int, messages: int, window: int, size: int, publishers: int) -> float:
-        load = Load(port)
+    async def run(port: int, name: str, clients: int, messages: int, window: int, size: int, publishers: int) -> float:
+        load = Load(port, BrowserPeer if "deflate" in name else Peer)
         await load.connect(clients)
         rate = await load.publish(messages, window, text_to_all(size), publishers)
         await load.close()
@@ -2090,7 +2340,7 @@ def test_fan_out_beside_the_tutorials_pattern(tmp_path: Path, capsys: pytest.Cap
         for server, share in (("datadivr", 1), ("tutorial", 8)):  # the slow one does a part of the work
             with pinned(tmp_path, server) as process:
                 for workload, (clients, messages, *rest) in workloads.items():
-                    rate = asyncio.run(run(process.port, clients, messages // share, *rest))
+                    rate = asyncio.run(run(process.port, workload, clients, messages // share, *rest))
                     rates.setdefault((workload, server), []).append(rate)
     rows: list[tuple[object, ...]] = [("200 clients", "datadivr/s", "tutorial/s", "ratio"), ("---",) * 4]
     for workload in workloads:
