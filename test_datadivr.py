@@ -734,6 +734,7 @@ def test_every_series_is_there_from_the_start() -> None:
             "messages_received_total",
             "messages_sent_total",
             "bytes_sent_total",
+            "uncompressed_bytes_total",
             *(f'errors_total{{type="{kind}"}}' for kind in types),
             *(f'handler_seconds_count{{event_name="{name}"}}' for name in ("whoami", "sum_event")),
         ],
