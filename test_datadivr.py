@@ -42,6 +42,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from playwright.sync_api import Browser, sync_playwright
 from pydantic_core import PydanticSerializationError
+from starlette.middleware import Middleware
 from starlette.testclient import WebSocketDenialResponse
 from starlette.websockets import WebSocketDisconnect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
@@ -1425,6 +1426,25 @@ def test_a_host_puts_its_own_authorization_in_place() -> None:
             assert websocket.receive_json()["event_name"] == "whoami"
     finally:
         datadivr.app.dependency_overrides.clear()
+
+
+def test_middleware_of_a_users_own_sees_the_clients(monkeypatch: pytest.MonkeyPatch) -> None:
+    paths: list[str] = []
+
+    class Watch:
+        def __init__(self, app: Any) -> None:
+            self.app = app
+
+        async def __call__(self, scope: Json, receive: Any, send: Any) -> None:
+            paths.append(scope.get("path", ""))
+            await self.app(scope, receive, send)
+
+    monkeypatch.setattr(datadivr.app, "user_middleware", [Middleware(Watch)])
+    monkeypatch.setattr(datadivr.app, "middleware_stack", None)
+    with TestClient(datadivr.app) as client, client.websocket_connect("/ws") as session:
+        session.send_json({"event_name": "whoami"})
+        assert session.receive_json()["event_name"] == "whoami"
+    assert "/ws" in paths
 
 
 def test_websocket_endpoint_authorizes_wherever_it_is_mounted(configure: Callable[..., None]) -> None:
