@@ -7,6 +7,7 @@ uvicorn in a thread of this process; the others need no socket.
 import asyncio
 import contextlib
 import hashlib
+import importlib
 import io
 import itertools
 import json
@@ -37,6 +38,7 @@ import hypothesis
 import pytest
 import structlog
 import uvicorn
+from fastapi.routing import APIWebSocketRoute
 from fastapi.testclient import TestClient
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -1426,6 +1428,46 @@ def test_a_host_puts_its_own_authorization_in_place() -> None:
             assert websocket.receive_json()["event_name"] == "whoami"
     finally:
         datadivr.app.dependency_overrides.clear()
+
+
+def deny() -> None:
+    raise fastapi.HTTPException(401)
+
+
+def with_dependencies() -> fastapi.FastAPI:
+    changed = datadivr.App()
+    changed.include_router(datadivr.router, dependencies=[fastapi.Depends(deny)])
+    return changed
+
+
+def reloaded_with_an_override() -> fastapi.FastAPI:
+    old = datadivr.app
+    old.dependency_overrides[datadivr.authorize_client] = deny
+    importlib.reload(datadivr)
+    return old
+
+
+def with_another_route() -> fastapi.FastAPI:
+    async def refuse(websocket: fastapi.WebSocket) -> None:
+        deny()
+
+    datadivr.app.router.routes.insert(0, APIWebSocketRoute("/ws", refuse))
+    return datadivr.app
+
+
+@pytest.mark.parametrize("change", [with_dependencies, reloaded_with_an_override, with_another_route])
+def test_whatever_guards_ws_is_in_force(change: Callable[[], fastapi.FastAPI]) -> None:
+    script = f"""
+        import datadivr, pytest, test_datadivr
+        from fastapi.testclient import TestClient
+        from starlette.testclient import WebSocketDenialResponse
+
+        client = TestClient(test_datadivr.{change.__name__}())
+        with pytest.raises(WebSocketDenialResponse) as refused, client.websocket_connect("/ws"):
+            pass
+        assert refused.value.status_code == 401
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], env=environment(), check=True, timeout=3 * LIMIT)
 
 
 def test_middleware_of_a_users_own_sees_the_clients(monkeypatch: pytest.MonkeyPatch) -> None:
