@@ -354,8 +354,8 @@ handler_seconds = _metric(
 
 # ---- Clients ---------------------------------------------------------------------------------------------------------
 
-TEXT, CLOSE = 0x81, 0x88  # RFC 6455, 5.2: the first byte of a frame: FIN and the opcode
-COMPRESSED_TEXT = 0xC1  # RFC 7692, 6: RSV1 too
+# The first byte of a frame: FIN and the opcode (RFC 6455, 5.2); RSV1 where it is compressed (RFC 7692, 6).
+TEXT, COMPRESSED_TEXT, CLOSE = 0x81, 0xC1, 0x88
 WINDOW_BITS = 12  # what uvicorn agrees to at most
 CLOSE_SECONDS = 2.0  # what a client has to read what is unsent and to answer a close frame
 Framing = Callable[[bytes], bytes]
@@ -373,10 +373,7 @@ def frame(payload: bytes, first: int = TEXT) -> bytes:
 
 
 def frame_compressed(payload: bytes) -> bytes:
-    """Frame a payload, deflated by itself where it is long enough and shrinks (RFC 7692, 7.2.1).
-
-    It refers to nothing before it, so it is the same bytes for every client, whatever each was sent before.
-    """
+    """Frame a payload, deflated by itself, so that it is the same bytes for every client (RFC 7692, 7.2.1)."""
     if len(payload) >= settings.compress_min_bytes:
         deflater = zlib.compressobj(1, wbits=-WINDOW_BITS)
         deflated = deflater.compress(payload) + deflater.flush(zlib.Z_SYNC_FLUSH)[:-4]
@@ -386,11 +383,7 @@ def frame_compressed(payload: bytes) -> bytes:
 
 
 def choose_framing(protocol: Any) -> Framing:
-    """Return what frames a client's messages, by what it and uvicorn negotiated.
-
-    uvicorn's own compressor, which a host's `websocket.send_json` goes through, must then refer to nothing before a
-    message either. It is made anew for each, which saves its memory too.
-    """
+    """Return what frames a client's messages; uvicorn's own compressor of it then keeps no context either."""
     for extension in protocol.conn.extensions if protocol and settings.compress_min_bytes else ():
         if extension.name == "permessage-deflate" and extension.local_max_window_bits >= WINDOW_BITS:
             extension.local_no_context_takeover = True
