@@ -2117,9 +2117,9 @@ def poured(client: ClientConnection) -> int:
 
 @contextlib.contextmanager
 def node_client(url: str) -> Iterator[Callable[[], tuple[str, int]]]:
-    need(
-        shutil.which("node") and not subprocess.run(["node", "-e", "require('ws')"], stderr=-3).returncode, "Node's ws"
-    )
+    node_path = shutil.which("node")
+    check = [node_path or "", "-e", "require('ws')"]
+    need(node_path and subprocess.run(check, stderr=subprocess.DEVNULL).returncode == 0, "Node's ws")
     with subprocess.Popen(["node", "-e", POURED_IN_NODE, url], stdout=subprocess.PIPE, text=True) as node:
         yield lambda: tuple(json.loads(node.communicate(timeout=LIMIT)[0]))
 
