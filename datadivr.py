@@ -32,6 +32,8 @@ DATADIVR_MAX_CLIENTS                 0           clients connected at once; 0 is
 DATADIVR_MAX_BUFFER_BYTES            4194304     bytes unsent to one client, above which it is dropped
 DATADIVR_COMPRESS_MIN_BYTES          1024        shortest message compressed once for all that can; 0 is none
 DATADIVR_PROTECT_METRICS             false       whether ``/metrics`` asks for the admin token
+DATADIVR_REDIS_URL                   none        ``redis://...``, of the Redis that makes all processes one server
+DATADIVR_REDIS_PREFIX                datadivr    begins the names of the channels there: one a server
 DATADIVR_LOG_LEVEL                   INFO        DEBUG, INFO, WARNING, ERROR or CRITICAL
 DATADIVR_LOG_FORMAT                  console     console or json
 ==================================== =========== ==================================================================
@@ -40,12 +42,16 @@ DATADIVR_LOG_FORMAT                  console     console or json
 import argparse
 import asyncio
 import functools
+import heapq
 import hmac
 import inspect
 import itertools
+import json
 import logging
 import math
+import operator
 import os
+import re
 import secrets
 import struct
 import sys
@@ -53,7 +59,8 @@ import threading
 import time
 import uuid
 import zlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 from enum import Enum
@@ -65,8 +72,9 @@ from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Request, 
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
-from prometheus_client import REGISTRY, Counter, Gauge, Histogram
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import choose_encoder
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 from pydantic import BaseModel, BeforeValidator, Field, NonNegativeInt, PositiveInt, ValidationError
 from starlette.requests import ClientDisconnect
 from starlette.responses import PlainTextResponse
@@ -95,6 +103,8 @@ class Settings(BaseModel):
     max_buffer_bytes: PositiveInt = 4 * 1024 * 1024
     compress_min_bytes: NonNegativeInt = 1024
     protect_metrics: bool = False
+    redis_url: Annotated[str, Field(pattern="^(rediss?|unix)://")] | None = None
+    redis_prefix: str = "datadivr"
     log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"], BeforeValidator(str.upper)] = "INFO"
     log_format: Annotated[Literal["console", "json"], BeforeValidator(str.lower)] = "console"
 
@@ -103,7 +113,7 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
     """Read the settings from `DATADIVR_*` variables.
 
     Raises:
-        ValueError: names each variable that is wrong, what was expected, and what came, but for a token's value.
+        ValueError: names each variable that is wrong, what was expected, and what came, but for what is secret.
 
     """
     values = {name: value for name in Settings.model_fields if (value := environ.get(f"DATADIVR_{name.upper()}"))}
@@ -113,7 +123,7 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
         wrong = []
         for detail in error.errors():
             name = str(detail["loc"][0])
-            came = "" if name.endswith("token") else f" (it is {values[name]!r})"
+            came = "" if name.endswith(("token", "redis_url")) else f" (it is {values[name]!r})"
             wrong.append(f"DATADIVR_{name.upper()}: {detail['msg']}{came}")
         raise ValueError("; ".join(wrong)) from None
 
@@ -151,6 +161,7 @@ def warn(event: str, **fields: str) -> None:
 
 # ---- Messages --------------------------------------------------------------------------------------------------------
 
+EVERYBODY = ("all", "others")
 EventName = Annotated[str, Field(min_length=1, max_length=128)]
 UnreservedEventName = Annotated[EventName, Field(pattern=r"^[^$]")]
 
@@ -316,17 +327,21 @@ MetricT = TypeVar("MetricT", Counter, Gauge, Histogram)
 REASONS = "client admin slow_client keepalive message_too_big server_stop".split()
 ERROR_TYPES = (
     "invalid_message invalid_payload unknown_recipient handler_error rate_limited message_too_big slow_client "
-    "origin_refused unauthorized too_many_clients"
+    "origin_refused unauthorized too_many_clients redis"
 ).split()
 NO_LABELS: Mapping[str, Iterable[str]] = {}
 
 
 def _metric(
-    kind: type[MetricT], name: str, documentation: str, labels: Mapping[str, Iterable[str]] = NO_LABELS
+    kind: type[MetricT],
+    name: str,
+    documentation: str,
+    labels: Mapping[str, Iterable[str]] = NO_LABELS,
+    **options: Any,
 ) -> MetricT:
     """Register a metric whose known label values start at 0, or share the one that another copy of this file made."""
     try:
-        metric = kind(name, documentation, tuple(labels))
+        metric = kind(name, documentation, tuple(labels), **options)
     except ValueError:
         metric = REGISTRY._names_to_collectors[name]  # type: ignore[assignment]  # there is no public way to get it
     for values in labels.values():
@@ -335,7 +350,7 @@ def _metric(
     return metric
 
 
-clients_gauge = _metric(Gauge, "datadivr_clients", "Clients connected now.")
+clients_gauge = _metric(Gauge, "datadivr_clients", "Clients connected now.", multiprocess_mode="livesum")
 connections_total = _metric(Counter, "datadivr_connections_total", "Clients that connected.")
 disconnections_total = _metric(
     Counter, "datadivr_disconnections_total", "Clients that went, by reason.", {"reason": REASONS}
@@ -350,6 +365,28 @@ errors_total = _metric(Counter, "datadivr_errors_total", "Errors, by type.", {"t
 handler_seconds = _metric(
     Histogram, "datadivr_handler_seconds", "Seconds that a handler took.", {"event_name": _registry[HandlerType.SERVER]}
 )
+
+
+def collect_metrics() -> CollectorRegistry:
+    """Return the metrics of this process, or with `PROMETHEUS_MULTIPROC_DIR` the sum over all live workers.
+
+    Raises:
+        ValueError: `PROMETHEUS_MULTIPROC_DIR` is not a directory.
+
+    """
+    folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+    if not folder:
+        return REGISTRY
+    for path in Path(folder).glob("gauge_live*.db"):
+        pid = int(path.stem.rpartition("_")[2])
+        with suppress(PermissionError, FileNotFoundError):  # it runs, as another user; another worker was first
+            try:
+                os.kill(pid, 0)
+            except ProcessLookupError:
+                mark_process_dead(pid, folder)  # type: ignore[no-untyped-call]
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry, folder)  # type: ignore[no-untyped-call]
+    return registry
 
 
 # ---- Clients ---------------------------------------------------------------------------------------------------------
@@ -512,11 +549,23 @@ def open_transport(websocket: WebSocket) -> tuple[Transport, Receive, Any]:
     return adapter, adapter.receive, None
 
 
+@functools.cache
+def node_id() -> str:
+    """Return 32 bits, in hexadecimal, that name this process among those that share a Redis."""
+    return secrets.token_hex(4)
+
+
+def make_client_id() -> str:
+    """Make a UUID whose first 32 bits name the node that holds the client (version 8: RFC 9562, 5.8)."""
+    random = str(uuid.uuid4())
+    return f"{node_id()}{random[8:14]}8{random[15:]}"
+
+
 class Client:
     """One connected client. Users may read `id`, `address`, `connected_us` and the counts."""
 
     def __init__(self, address: str, transport: Transport, log: "Log", protocol: Any = None) -> None:
-        self.id = str(uuid.uuid4())
+        self.id = make_client_id()
         self.address = address
         self.connected_us = time.time_ns() // 1000
         self.transport = transport
@@ -563,6 +612,9 @@ class Client:
         log(event, client_id=self.id, error=text, **fields)
         self.log.insert(self, encode(create_error_message(text, self.id, code)))
 
+    def report_unknown(self) -> None:
+        self.report("unknown_recipient", "No client with the id in `to` is connected.", "unknown_recipient")
+
     def disconnect(self, code: int, text: str, reason: str) -> None:
         """Send what was published so far and a close frame, and forget the client; nobody waits for it to read them."""
         if self.id in clients:
@@ -604,7 +656,30 @@ GATHER_BYTES = 16384  # with more, clients have nothing to do while they wait fo
 SWEEP_SECONDS = 1.0
 
 
-class Log:
+class InLoop:
+    """What lives in one event loop and may be called from the thread of another."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self.thread = threading.get_ident()
+
+    def call(self, function: Callable[..., None], *args: Any) -> bool:
+        """Run a function in this loop: at once, or soon where that is another thread's. False if it is closed."""
+        if self.thread == threading.get_ident() and not self.loop.is_closed():
+            function(*args)
+            return True
+        try:
+            self.loop.call_soon_threadsafe(function, *args)
+        except RuntimeError:
+            self.end()
+            return False
+        return True
+
+    def end(self) -> None:
+        """Clean up after a loop that was found closed."""
+
+
+class Log(InLoop):
     """The messages of one turn of an event loop, and the clients that get them when the turn ends.
 
     A client whose bytes differ carries edits to the turn's messages: the sender of an "others" message cuts it out, a
@@ -613,8 +688,7 @@ class Log:
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.loop = loop
-        self.thread = threading.get_ident()
+        super().__init__(loop)
         self.clients: dict[str, Client] = {}
         self.messages: list[bytes] = []
         self.edits: dict[Client, list[Edit]] = {}
@@ -626,18 +700,9 @@ class Log:
         self.total = 0  # messages to everybody, ever
         loop.call_later(SWEEP_SECONDS, self._sweep)
 
-    def call(self, function: Callable[..., None], *args: Any) -> bool:
-        """Run a function in this log's loop: at once, or soon where that is another thread's. False if it is closed."""
-        if self.thread == threading.get_ident() and not self.loop.is_closed():
-            function(*args)
-            return True
-        try:
-            self.loop.call_soon_threadsafe(function, *args)
-        except RuntimeError:  # it is closed: nobody is there
-            for client in tuple(self.clients.values()):
-                client.leave("client")
-            return False
-        return True
+    def end(self) -> None:
+        for client in tuple(self.clients.values()):
+            client.leave("client")
 
     def add(self, client: Client) -> None:
         self.clients[client.id] = client
@@ -757,17 +822,35 @@ def apply_edits(data: bytes, places: list[int], edits: list[Edit], framing: Fram
 logs: dict[asyncio.AbstractEventLoop, Log] = globals().get("logs", {})
 
 
-def publish(message: WebSocketMessage, sender: Client | None = None) -> int:
-    """Send a message to its `to` and return how many clients that addresses; "others" leaves the sender out."""
-    if message.to not in ("all", "others"):
-        client = clients.get(message.to)
-        return int(client is not None and client.log.call(client.log.insert, client, encode(message)))
-    data = encode(message)
-    left_out = sender if message.to == "others" else None
+def deliver(to: str, data: bytes, sender: Client | None = None) -> int:
+    """Send a message's JSON to those clients of this process that `to` names, and return how many these are."""
+    if to not in EVERYBODY:
+        client = clients.get(to)
+        return int(client is not None and client.log.call(client.log.insert, client, data))
+    left_out = sender if to == "others" else None
     count = 0
     for log in tuple(logs.values()):
         if log.call(log.append, data, left_out):
             count += len(log.clients) - (left_out is not None and left_out.id in log.clients)
+    return count
+
+
+def publish(message: WebSocketMessage, sender: Client | None = None, asker: Client | None = None) -> int:
+    """Send a message to its `to`, wherever that is connected, and return how many clients of this process it addresses.
+
+    "others" leaves the sender out; the asker is told where nobody has the id.
+    """
+    data = encode(message)
+    count = deliver(message.to, data, sender)
+    if message.to in EVERYBODY:
+        if link := join():
+            link.send(link.everybody, TO_ALL, data)
+    elif not count:
+        node = find_node(message.to)
+        if node and (link := join()):
+            link.send_to_one(node, message.to, data, asker)
+        elif asker:
+            asker.report_unknown()
     return count
 
 
@@ -782,13 +865,378 @@ async def broadcast(message: WebSocketMessage, sender: WebSocket | None = None) 
         sender: the WebSocket that "others" leaves out; without it, "others" are all.
 
     Returns:
-        How many clients it addressed; 0 for an id that is not connected.
+        How many clients of this process it addressed; 0 for an id that is not connected to it.
 
     Raises:
         PydanticSerializationError: the payload holds something that JSON cannot.
 
     """
     return publish(message, clients.get(sender.scope.get("datadivr.client_id", "")) if sender else None)
+
+
+# ---- Cluster ---------------------------------------------------------------------------------------------------------
+
+# What one PUBLISH carries: a header (version, node, and how many messages to all that node had published before), then
+# items: a kind, a length in bytes, and so many bytes.
+HEADER, ITEM = struct.Struct("!4s8sQ"), struct.Struct("!BI")
+VERSION = b"ddv1"
+TO_ALL, TO_ONE, UNKNOWN, ASK, ANSWER, PROBE = range(6)
+ANSWER_SECONDS = 1.0
+PROBE_SECONDS = 0.25
+LOST_PROBES = 12  # without a word from Redis, after which it is lost
+BEHIND_SECONDS = 1.0  # a node whose own probe takes longer has a backlog to read
+STALLED_SECONDS = 0.25  # in which a client that reads has read something
+RETRY_SECONDS = 0.1
+REJOIN_SECONDS = 0.3  # after which the other nodes that lost Redis are back too, and hear what is published
+Told = Callable[[int | None], None]  # is told how many nodes heard an item, or None where it could not go
+
+
+def open_pool(url: str) -> Any:
+    """Return the redis-py pool that makes connections.
+
+    Raises:
+        RuntimeError: redis-py is not installed.
+        ValueError: redis-py cannot read the URL.
+
+    """
+    try:
+        from redis.asyncio import ConnectionPool
+    except ImportError:
+        raise RuntimeError("DATADIVR_REDIS_URL is set, but redis is not installed: pip install redis") from None
+    try:
+        return ConnectionPool.from_url(url, protocol=2, socket_timeout=None, socket_connect_timeout=None)
+    except ValueError as error:
+        raise ValueError(f"DATADIVR_REDIS_URL: {error}") from None
+
+
+pool: Any = open_pool(settings.redis_url) if settings.redis_url else None
+if pool:
+    redis_up = _metric(Gauge, "datadivr_redis_up", "Whether Redis answers.", multiprocess_mode="livemin")
+
+
+def find_node(client_id: str) -> str | None:
+    """Return the other node that a client's id names, or None."""
+    named = re.fullmatch(r"([0-9a-f]{8})-[0-9a-f]{4}-8[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}", client_id)
+    return named[1] if named and named[1] != node_id() else None
+
+
+def parse_batch(data: bytes) -> tuple[str, int, list[tuple[int, bytes]]]:
+    """Return the node that published a batch, how many messages to all it had published before, and the items.
+
+    Raises:
+        ValueError: the data is not such a batch from its first byte to its last.
+
+    """
+    items = []
+    try:
+        version, node, sequence = HEADER.unpack_from(data)
+        end = HEADER.size
+        while version == VERSION and end < len(data):
+            kind, length = ITEM.unpack_from(data, end)
+            start = end + ITEM.size
+            end = start + length
+            items.append((kind, data[start:end]))
+    except struct.error as error:
+        raise ValueError(str(error)) from None
+    if version != VERSION or end != len(data):
+        raise ValueError(f"expected a batch of version {VERSION!r}, got {len(data)} bytes that begin {data[:4]!r}")
+    return node.decode(), sequence, items
+
+
+class Batch:
+    """Items that go in one PUBLISH."""
+
+    def __init__(self, channel: str) -> None:
+        self.channel = channel
+        self.items: list[bytes] = []
+        self.to_all = self.to_one = 0
+        self.told: list[Told] = []
+
+    def add(self, kind: int, body: bytes, told: Told | None) -> None:
+        self.items += ITEM.pack(kind, len(body)), body
+        self.to_all += kind == TO_ALL
+        self.to_one += kind == TO_ONE
+        if told:
+            self.told.append(told)
+
+    def end(self, nodes: int | None) -> None:
+        """Tell how many nodes heard it; None: it is lost, and counted."""
+        if nodes is None:
+            errors_total.labels("redis").inc(self.to_all + self.to_one)
+        for told in self.told:
+            told(nodes)
+
+
+class Link(InLoop):
+    """A process's two connections to Redis: one publishes, the other hears what the other nodes publish.
+
+    What comes while a pipeline is under way waits for the next. Nothing is published twice, and nothing is kept until
+    a lost Redis returns: the other nodes would not be there to hear it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(asyncio.get_running_loop())
+        self.everybody = self.channel("all")
+        self.sign = VERSION + node_id().encode()
+        self.tried = asyncio.Event()  # whether Redis is there is known
+        self.up = False
+        self.waiting: list[Batch] = []
+        self.waiting_bytes = 0
+        self.under_way: deque[Batch] = deque()
+        self.woken = asyncio.Event()
+        self.published = 0  # messages to all that Redis has taken
+        self.heard: dict[str, int] = {}  # the same of the other nodes, as far as heard
+        self.probe_heard = 0.0  # when the last probe that came back was sent
+        self.unheard = self.unanswered = 0  # probes since either connection brought something
+        self.answers: dict[int, asyncio.Queue[Any]] = {}
+        self.numbers = itertools.count()
+        redis_up.set(0)
+        self.task = self.loop.create_task(self._run())
+
+    def channel(self, node: str) -> str:
+        return f"{settings.redis_prefix}:{node}"
+
+    def send(self, channel: str, kind: int, body: bytes, told: Told | None = None) -> None:
+        """Publish an item with the others of this turn; from any thread."""
+        self.call(self._append, channel, kind, body, told)
+
+    def _append(self, channel: str, kind: int, body: bytes, told: Told | None) -> None:
+        lost = self.tried.is_set() and not self.up
+        if lost or self.waiting_bytes + len(body) > settings.max_buffer_bytes:
+            dropped = Batch(channel)
+            dropped.add(kind, body, told)
+            return dropped.end(None)
+        if not self.waiting or self.waiting[-1].channel != channel:
+            self.waiting.append(Batch(channel))
+        self.waiting[-1].add(kind, body, told)
+        self.waiting_bytes += len(body)
+        self.woken.set()
+        return None
+
+    def send_to_one(self, node: str, client_id: str, data: bytes, asker: Client | None) -> None:
+        """Send a message to another node's client; the asker is told if it is not there."""
+
+        def told(nodes: int | None) -> None:
+            if nodes == 0 and asker:
+                asker.log.call(asker.report_unknown)
+
+        self.send(self.channel(node), TO_ONE, f"{client_id}{asker.id if asker else '':36}".encode() + data, told)
+
+    async def confirm(self, channel: str, kind: int, body: bytes) -> int | None:
+        """Publish an item and return how many nodes heard it; None if it could not go."""
+        nodes: asyncio.Future[int | None] = self.loop.create_future()
+
+        def told(count: int | None) -> None:
+            if not nodes.done():
+                nodes.set_result(count)
+
+        self.send(channel, kind, body, told)
+        return await nodes
+
+    async def ask(self, channel: str, request: Sequence[Any]) -> tuple[list[Any], bool]:
+        """Have the other nodes on a channel perform a request; return what they answer within 1 s, and if one did not.
+
+        It runs in this link's loop.
+        """
+        number = next(self.numbers)
+        answers: list[Any] = []
+        queue = self.answers[number] = asyncio.Queue()
+        body = json.dumps([number, *request]).encode()
+        try:
+            async with asyncio.timeout(ANSWER_SECONDS):
+                nodes = await self.confirm(channel, ASK, body)
+                if nodes is None:
+                    return answers, True
+                while len(answers) < nodes - (channel == self.everybody):
+                    answers.append(await queue.get())
+        except TimeoutError:
+            return answers, True
+        finally:
+            del self.answers[number]
+        return answers, False
+
+    async def stop(self) -> None:
+        """Publish what waits, in 1 s at most, and leave."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self.confirm(self.channel(node_id()), PROBE, self._now()), 1)
+        self.task.cancel()
+        await asyncio.wait([self.task])
+
+    async def _run(self) -> None:
+        while True:
+            publisher, subscriber = pool.make_connection(), pool.make_connection()
+            try:
+                async with asyncio.timeout(LOST_PROBES * PROBE_SECONDS):
+                    await publisher.connect()
+                    await subscriber.connect()
+                    await subscriber.send_command("SUBSCRIBE", self.everybody, self.channel(node_id()))
+                    for _ in range(2):
+                        await subscriber.read_response()
+                async with asyncio.TaskGroup() as tasks:
+                    tasks.create_task(self._hear(subscriber))
+                    tasks.create_task(self._publish(publisher))
+                    tasks.create_task(self._probe())
+            except* Exception as errors:
+                self._lose(errors.exceptions[0])
+            finally:
+                await publisher.disconnect(nowait=True)
+                await subscriber.disconnect(nowait=True)
+            await asyncio.sleep(RETRY_SECONDS)
+
+    def _lose(self, error: Exception) -> None:
+        if self.up or not self.tried.is_set():
+            logger.warning("redis_lost", error=f"{type(error).__name__}: {error}")
+            errors_total.labels("redis").inc()
+        self.tried.set()
+        self.up = False
+        redis_up.set(0)
+        lost = [*self.under_way, *self.waiting]
+        self.under_way.clear()
+        self.waiting, self.waiting_bytes = [], 0
+        for batch in lost:
+            batch.end(None)
+
+    def _now(self) -> bytes:
+        return struct.pack("!d", self.loop.time())
+
+    async def _probe(self) -> None:
+        """Say that Redis is there, and notice when it is there no longer, though its connections may be."""
+        if self.tried.is_set():
+            await asyncio.sleep(REJOIN_SECONDS)
+        self.probe_heard, self.unheard, self.unanswered = self.loop.time(), 0, 0
+        self.up = True
+        self.tried.set()
+        redis_up.set(1)
+        logger.info("redis_joined", node=node_id())
+        while max(self.unheard, self.unanswered) < LOST_PROBES:
+            self.send(self.channel(node_id()), PROBE, self._now())
+            await asyncio.sleep(PROBE_SECONDS)  # a count, not a clock: a process that was paused has not lost Redis
+            self.unheard += 1
+            self.unanswered += 1
+        raise TimeoutError(f"nothing heard for {LOST_PROBES * PROBE_SECONDS} s")
+
+    async def _publish(self, publisher: Any) -> None:
+        while True:
+            await self.woken.wait()
+            self.woken.clear()
+            self.under_way.extend(self.waiting)
+            self.waiting, self.waiting_bytes = [], 0
+            commands, sequence = [], self.published
+            for batch in self.under_way:
+                header = HEADER.pack(VERSION, node_id().encode(), sequence)
+                commands.append(("PUBLISH", batch.channel, b"".join((header, *batch.items))))
+                sequence += batch.to_all
+            await publisher.send_packed_command(publisher.pack_commands(commands), check_health=False)
+            while self.under_way:
+                nodes = await publisher.read_response()
+                self.unanswered = 0
+                batch = self.under_way.popleft()
+                self.published += batch.to_all
+                batch.end(nodes)
+
+    async def _hear(self, subscriber: Any) -> None:
+        allowance, unpaced = YIELD_BYTES, 0
+        while True:
+            _, channel, data = await subscriber.read_response()
+            self.unheard = 0
+            if channel.decode() != self.everybody or not data.startswith(self.sign):  # its own come back
+                self._take(channel.decode(), data)
+            unpaced += len(data)
+            if unpaced > settings.max_buffer_bytes // 16:
+                unpaced = 0
+                await self._catch_up()
+            allowance -= max(len(data), YIELD_BYTES // YIELD_MESSAGES)
+            if allowance <= 0:
+                allowance = YIELD_BYTES
+                await asyncio.sleep(0)
+
+    async def _catch_up(self) -> None:
+        """Wait for clients that read where a backlog comes in: it comes faster than they can take it."""
+        least, waited = math.inf, 0.0
+        while self.loop.time() - self.probe_heard > BEHIND_SECONDS and waited < STALLED_SECONDS:
+            sizes = [client.buffered_bytes for client in tuple(clients.values())]
+            unsent = sum(size for size in sizes if size > settings.max_buffer_bytes // 4)
+            if not unsent:
+                return
+            waited = 0 if unsent < least else waited + 0.01
+            least = min(least, unsent)
+            self.unheard = 0
+            await asyncio.sleep(0.01)
+
+    def _take(self, channel: str, data: bytes) -> None:
+        try:
+            node, sequence, items = parse_batch(data)
+            if channel == self.everybody:
+                missed = sequence - self.heard.get(node, sequence)
+                self.heard[node] = sequence + sum(kind == TO_ALL for kind, _ in items)
+                if missed > 0:
+                    errors_total.labels("redis").inc(missed)
+                    logger.warning("redis_messages_missed", node=node, messages=missed)
+            for kind, body in items:
+                self._act(node, kind, body)
+        except Exception as error:
+            errors_total.labels("redis").inc()
+            warn("redis_garbage", channel=channel, error=repr(error))
+
+    def _act(self, node: str, kind: int, body: bytes) -> None:
+        if kind == TO_ALL:
+            deliver("all", body)
+        elif kind == TO_ONE:
+            if not deliver(body[:36].decode(), body[72:]):
+                self.send(self.channel(node), UNKNOWN, body[36:72])
+        elif kind == UNKNOWN:
+            if asker := clients.get(body.decode()):
+                asker.log.call(asker.report_unknown)
+        elif kind == ASK:
+            number, *request = json.loads(body)
+            self.send(self.channel(node), ANSWER, json.dumps([number, perform(request)]).encode())
+        elif kind == ANSWER:
+            number, answer = json.loads(body)
+            if number in self.answers:  # it may come late
+                self.answers[number].put_nowait(answer)
+        elif kind == PROBE:
+            (self.probe_heard,) = struct.unpack("!d", body)
+        else:
+            raise ValueError(f"unknown kind {kind}")
+
+
+_link: Link | None = globals().get("_link")
+
+
+def join() -> Link | None:
+    """Return the link to the other nodes, started here if there is none; None without `DATADIVR_REDIS_URL`."""
+    global _link
+    if pool and (_link is None or _link.task.done() or _link.loop.is_closed()):
+        _link = Link()
+    return _link
+
+
+def perform(request: Sequence[Any]) -> Any:
+    """Perform a request for the clients of this process, whichever node it came to; None where there is no answer."""
+    match request:
+        case ["list", limit, after]:
+            order = operator.attrgetter("connected_us", "id")
+            rest = (client for client in tuple(clients.values()) if order(client) > tuple(after))
+            page = heapq.nsmallest(limit + 1, rest, order)
+            return len(clients), [(client.connected_us, describe_client(client)) for client in page]
+        case ["get", client_id] if client := clients.get(client_id):
+            return describe_client(client)
+        case ["disconnect", client_id] if client := clients.get(client_id):
+            return client.log.call(client.disconnect, 1008, "Disconnected by an administrator", "admin")
+        case ["push", to, text]:
+            return deliver(to, text.encode())
+    return None
+
+
+async def ask(to: str, *request: Any) -> tuple[list[Any], bool]:
+    """Perform a request on all nodes, or on the one that holds a client; return the answers, and if one is missing."""
+    answers = [perform(request)]
+    node = find_node(to)
+    if (node or to in EVERYBODY) and (link := join()):
+        asked = asyncio.run_coroutine_threadsafe(link.ask(link.channel(node or "all"), request), link.loop)
+        others, partial = await asyncio.wrap_future(asked)
+        return answers + others, partial
+    return answers, False
 
 
 # ---- The WebSocket endpoint ------------------------------------------------------------------------------------------
@@ -872,6 +1320,7 @@ async def websocket_endpoint(websocket: WebSocket) -> None:
 async def handle_connection(websocket: WebSocket) -> None:
     """Accept a client without asking who it is, and serve it until it goes."""
     transport, receive, protocol = open_transport(websocket)
+    join()
     loop = asyncio.get_running_loop()
     log = logs.get(loop) or logs.setdefault(loop, Log(loop))
     address = f"{websocket.client.host}:{websocket.client.port}" if websocket.client else ""
@@ -913,7 +1362,7 @@ async def _serve(client: Client, receive: Receive) -> None:
             if message.event_name in handlers:
                 await _handle(client, message)
             else:
-                _send(client, message)
+                publish(message, client, client)
         client.log.schedule()
         allowance -= max(len(data), YIELD_BYTES // YIELD_MESSAGES)
         if allowance <= 0:  # a queue that is not empty lets nobody else run
@@ -947,16 +1396,11 @@ async def _handle(client: Client, message: WebSocketMessage) -> None:
     try:
         answer = await handle_msg(message)
         if answer is not None:
-            _send(client, answer)
+            publish(answer, client, client)
     except (Exception, asyncio.CancelledError):
         if (task := asyncio.current_task()) and task.cancelling():
             raise  # it is this connection that is cancelled, not something that the handler awaited
         client.report("handler_error", f"The handler of {message.event_name!r} failed.", "handler_error", exc_info=True)
-
-
-def _send(client: Client, message: WebSocketMessage) -> None:
-    if not publish(message, client) and message.to not in ("all", "others"):
-        client.report("unknown_recipient", "No client with the id in `to` is connected.", "unknown_recipient")
 
 
 # ---- The admin API ---------------------------------------------------------------------------------------------------
@@ -972,6 +1416,7 @@ class ClientInfo(BaseModel):
     """One connected client."""
 
     id: str
+    node: str = Field(description="The process that holds it.", examples=["5f0c2a91"])
     address: str = Field(description="Host and port of its end of the connection.", examples=["127.0.0.1:50514"])
     connected_at: datetime
     messages_received: int
@@ -984,6 +1429,7 @@ class ClientPage(BaseModel):
 
     total: int = Field(description="Clients connected now.")
     next: str | None = Field(description="The `after` of the next page; null on the last.")
+    partial: bool = Field(description="Whether a node did not answer, so that its clients are missing.")
     clients: list[ClientInfo]
 
 
@@ -1000,6 +1446,7 @@ class Recipients(BaseModel):
     """How many clients a message was sent to."""
 
     recipients: int
+    partial: bool = Field(description="Whether a node did not answer, so that its clients are not counted.")
 
 
 class Health(BaseModel):
@@ -1043,32 +1490,40 @@ async def authorize_scrape(credentials: Credentials) -> None:
 
 @asynccontextmanager
 async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-    """Log the admin token that was made up, if one was, at the start."""
+    """At the start log the admin token if one was made up, and find out whether Redis is there; leave it at the end."""
     admin_token()
+    link = join()
+    if link:
+        await link.tried.wait()
     yield
+    if link and link.loop is asyncio.get_running_loop():
+        await link.stop()
 
 
 router = APIRouter(lifespan=lifespan)
 admin = APIRouter(dependencies=[Depends(authorize_admin)], responses={401: {"model": Detail}})
-NOT_FOUND: dict[int | str, dict[str, Any]] = {404: {"model": Detail}}
+NOT_FOUND: dict[int | str, dict[str, Any]] = {404: {"model": Detail}, 503: {"model": Detail}}
 
 
-def _describe_client(client: Client) -> ClientInfo:
+def describe_client(client: Client) -> dict[str, Any]:
     return ClientInfo(
         id=client.id,
+        node=node_id(),
         address=client.address,
         connected_at=datetime.fromtimestamp(client.connected_us / 1e6, UTC),
         messages_received=client.messages_received,
         messages_sent=client.messages_sent,
         buffered_bytes=client.buffered_bytes,
-    )
+    ).model_dump(mode="json")
 
 
-def _find_client(client_id: str) -> Client:
-    client = clients.get(client_id)
-    if client is None:
-        raise HTTPException(404, "No client with this id is connected.")
-    return client
+async def _ask_owner(client_id: str, *request: Any) -> Any:
+    answers, partial = await ask(client_id, *request)
+    for answer in filter(None, answers):
+        return answer
+    if partial:
+        raise HTTPException(503, "The node that holds this client does not answer.")
+    raise HTTPException(404, "No client with this id is connected.")
 
 
 @admin.get("/clients")
@@ -1078,27 +1533,23 @@ async def list_clients(
 ) -> ClientPage:
     """List the connected clients, oldest first."""
     since, _, last_id = after.partition("-")
-    rest = sorted(
-        (client.connected_us, client.id)
-        for client in tuple(clients.values())
-        if (client.connected_us, client.id) > (int(since or 0), last_id)
-    )
-    page = [client for _, client_id in rest[:limit] if (client := clients.get(client_id))]
-    more = f"{rest[limit - 1][0]}-{rest[limit - 1][1]}" if len(rest) > limit else None
-    return ClientPage(total=len(clients), next=more, clients=[_describe_client(client) for client in page])
+    answers, partial = await ask("all", "list", limit, (int(since or 0), last_id))
+    found = sorted((us, client["id"], client) for _, page in answers for us, client in page)
+    more = "{}-{}".format(*found[limit - 1]) if len(found) > limit else None
+    page = [client for _, _, client in found[:limit]]
+    return ClientPage(total=sum(count for count, _ in answers), next=more, partial=partial, clients=page)
 
 
 @admin.get("/clients/{client_id}", responses=NOT_FOUND)
 async def get_client(client_id: str) -> ClientInfo:
     """Describe one connected client."""
-    return _describe_client(_find_client(client_id))
+    return ClientInfo(**await _ask_owner(client_id, "get", client_id))
 
 
 @admin.delete("/clients/{client_id}", status_code=204, responses=NOT_FOUND)
 async def disconnect_client(client_id: str) -> None:
     """Disconnect a client, after what was already sent to it, with code 1008."""
-    client = _find_client(client_id)
-    client.log.call(client.disconnect, 1008, "Disconnected by an administrator", "admin")
+    await _ask_owner(client_id, "disconnect", client_id)
 
 
 @admin.post(
@@ -1126,10 +1577,12 @@ async def post_message(request: Request) -> Recipients:
         raise RequestValidationError([{**detail, "loc": ("body", *detail["loc"])} for detail in details]) from None
     except ClientDisconnect:
         raise HTTPException(400, "The body ended early.") from None
-    recipients = publish(WebSocketMessage(**dict(announcement)))
-    if not recipients and announcement.to not in ("all", "others"):
-        raise HTTPException(404, "No client with the id in `to` is connected.")
-    return Recipients(recipients=recipients)
+    text = encode(WebSocketMessage(**dict(announcement))).decode()
+    if announcement.to not in EVERYBODY:
+        return Recipients(recipients=await _ask_owner(announcement.to, "push", announcement.to, text), partial=False)
+    answers, partial = await ask("all", "push", "all", text)
+    errors_total.labels("redis").inc(partial)
+    return Recipients(recipients=sum(answers), partial=partial)
 
 
 @router.get(
@@ -1141,7 +1594,7 @@ async def post_message(request: Request) -> Recipients:
 async def get_metrics(request: Request) -> Response:
     """Report the metrics in Prometheus' text format, or in OpenMetrics where that is asked for."""
     generate, content_type = choose_encoder(request.headers.get("accept", ""))
-    return Response(generate(REGISTRY), media_type=content_type)
+    return Response(generate(collect_metrics()), media_type=content_type)
 
 
 @router.get("/healthz")

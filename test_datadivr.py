@@ -29,13 +29,15 @@ import time
 import tomllib
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import fastapi
 import httpx2 as httpx
 import hypothesis
 import pytest
+import redis
 import structlog
 import uvicorn
 from fastapi.routing import APIWebSocketRoute
@@ -133,7 +135,7 @@ class Process:
         self.reader.join(LIMIT)
         return status
 
-    def __enter__(self) -> "Process":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -164,6 +166,14 @@ def need(there: object, what: str) -> None:
     """Skip a test that needs a program which is not there; in CI it must be."""
     if not there:
         (pytest.fail if os.environ.get("CI") else pytest.skip)(f"it needs {what}")
+
+
+def make_certificate(folder: Path) -> None:
+    """Make key.pem and certificate.pem, for localhost."""
+    need(shutil.which("openssl"), "openssl")
+    subject = ["-subj", "/CN=localhost", "-keyout", "key.pem", "-out", "certificate.pem"]
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", *subject]
+    subprocess.run(command, cwd=folder, check=True, capture_output=True)
 
 
 def say(client: ClientConnection, event_name: str, **fields: Any) -> None:
@@ -728,7 +738,7 @@ def test_every_series_is_there_from_the_start() -> None:
     series = dict(re.findall(r"^datadivr_(?!\S*(?:_created|_bucket|_sum))(\S+) (\S+)$", text, re.MULTILINE))
     reasons = ["client", "admin", "slow_client", "keepalive", "message_too_big", "server_stop"]
     types = ["invalid_message", "invalid_payload", "unknown_recipient", "handler_error", "rate_limited"]
-    types += ["message_too_big", "slow_client", "origin_refused", "unauthorized", "too_many_clients"]
+    types += ["message_too_big", "slow_client", "origin_refused", "unauthorized", "too_many_clients", "redis"]
     assert series == dict.fromkeys(
         [
             "clients",
@@ -1201,6 +1211,621 @@ def test_a_turn_larger_than_the_limit_drops_nobody_who_keeps_up(crowd: Crowd) ->
     assert len(log.clients) == len(transports)
 
 
+# ---- Cluster ---------------------------------------------------------------------------------------------------------
+
+
+class RedisServer:
+    """A redis-server on a port of its own, which a test may kill, restart, pause and talk to."""
+
+    def __init__(self, *options: str) -> None:
+        need(shutil.which("redis-server"), "redis-server")
+        self.port = free_port()
+        self.url = f"redis://127.0.0.1:{self.port}"
+        self.options = options
+        self.start()
+
+    def start(self) -> None:
+        command = ["redis-server", "--port", str(self.port), "--save", "", "--appendonly", "no", *self.options]
+        self.popen = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        self.client = redis.Redis(port=self.port)
+        with socket.socket() as probe:
+            wait_until(lambda: probe.connect_ex(("127.0.0.1", self.port)) == 0, "redis-server to start")
+
+    def kill(self) -> None:
+        self.client.close()
+        self.popen.kill()
+        self.popen.wait(LIMIT)
+
+    def __enter__(self) -> "RedisServer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+
+class Node(Process):
+    """One process of a cluster."""
+
+    def __init__(self, url: str, folder: Path = ROOT, app: str = "datadivr:app", **variables: Any) -> None:
+        command = ["-m", "uvicorn", app, "--port", "{port}", "--log-level", "warning"]
+        super().__init__(*command, cwd=folder, DATADIVR_REDIS_URL=url, **variables)
+        self.wait_until_up()
+        self.api = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", headers=ADMIN)
+
+    @property
+    def redis_errors(self) -> int:
+        return int(metrics(self.port)['errors_total{type="redis"}'])
+
+    @property
+    def joined(self) -> bool:
+        return metrics(self.port)["redis_up"] == 1
+
+    def ids(self) -> set[str]:
+        return {client["id"] for client in self.api.get("/clients").json()["clients"]}
+
+    def __exit__(self, *_: object) -> None:
+        self.api.close()
+        super().__exit__()
+
+
+Cluster = tuple[RedisServer, Node, Node]
+Pair = tuple[ClientConnection, ClientConnection]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Run a Redis and two nodes, which survive whatever the tests do to the three."""
+    folder = tmp_path_factory.mktemp("cluster")
+    (folder / "application.py").write_text(textwrap.dedent(APPLICATION))
+    with (
+        RedisServer() as server,
+        Node(server.url, folder, "application:app", DATADIVR_MAX_BUFFER_BYTES="1000000") as one,
+        Node(server.url, folder, "application:app", DATADIVR_MAX_BUFFER_BYTES="1000000") as two,
+    ):
+        yield server, one, two
+        for node in (one, two):
+            assert "Traceback" not in node.log, node.log
+
+
+@pytest.fixture
+def pair(cluster: Cluster) -> Iterator[Pair]:
+    """Connect a client to each of the two nodes."""
+    _, one, two = cluster
+    wait_until(lambda: one.joined and two.joined and not one.ids() | two.ids(), "the last test's clients to go")
+    with dial_node(one) as here, dial_node(two) as there:
+        yield here, there
+
+
+def dial_node(node: Node) -> ClientConnection:
+    return dial(f"ws://127.0.0.1:{node.port}/ws", max_size=None, max_queue=None)
+
+
+@pytest.mark.parametrize("to", ["all", "others"])
+def test_a_message_reaches_the_clients_of_every_node(pair: Pair, to: str) -> None:
+    here, there = pair
+    client_id = id_of(here)
+    say(here, "m", payload="ü\n", to=to)
+    message = {"event_name": "m", "payload": "ü\n", "to": to, "from_id": client_id, "message": None}
+    assert hear(there) == message
+    say(there, "last")
+    assert hear(here) == message if to == "all" else True
+    assert hear(here)["event_name"] == "last"
+
+
+def test_a_message_to_an_id_reaches_that_client_on_another_node_alone(pair: Pair, cluster: Cluster) -> None:
+    here, there = pair
+    with dial_node(cluster[2]) as bystander:
+        client_id = id_of(here)
+        there_id = id_of(there)
+        say(here, "m", to=there_id)
+        assert hear(there) == {
+            "event_name": "m",
+            "payload": None,
+            "to": there_id,
+            "from_id": client_id,
+            "message": None,
+        }
+        say(here, "last")
+        assert hear(bystander)["event_name"] == "last"
+
+
+def test_a_handlers_answer_to_others_reaches_other_nodes(pair: Pair) -> None:
+    here, there = pair
+    client_id = id_of(here)
+    say(here, "tell_others", payload=1)
+    assert hear(there)["event_name"] == "told"
+    assert ask(here, "double", payload=4)["to"] == client_id
+
+
+def test_broadcast_reaches_every_node_and_returns_this_nodes_count(pair: Pair, cluster: Cluster) -> None:
+    here, there = pair
+    id_of(here), id_of(there)
+    assert cluster[1].api.post("/tell").json() == 1
+    assert hear(here)["event_name"] == hear(there)["event_name"] == "news"
+
+
+def test_an_announcement_counts_the_clients_of_all_nodes(pair: Pair, cluster: Cluster) -> None:
+    here, there = pair
+    id_of(here)
+    for to, reached in (("all", 2), (id_of(there), 1)):
+        answer = cluster[1].api.post("/messages", json={"event_name": "news", "to": to})
+        assert (answer.status_code, answer.json()) == (202, {"recipients": reached, "partial": False})
+        assert hear(there)["event_name"] == "news"
+    assert hear(here)["to"] == "all"
+
+
+def test_one_senders_messages_arrive_in_order_on_other_nodes(pair: Pair) -> None:
+    here, there = pair
+    there_id = id_of(there)
+    for number in range(300):
+        say(here, "n", payload=number, to=(there_id, "all", "others")[number % 3])
+    assert [hear(there)["payload"] for _ in range(300)] == list(range(300))
+
+
+@pytest.mark.parametrize("named", ["a client that left", "a node that is not there"])
+def test_a_message_to_an_id_that_is_nowhere_gets_its_sender_an_error(pair: Pair, cluster: Cluster, named: str) -> None:
+    here, there = pair
+    client_id, there_id = id_of(here), id_of(there)
+    unknown = there_id[:-8] + "00000000" if "client" in named else "00000000" + there_id[8:]
+    text = "No client with the id in `to` is connected."
+    assert ask(here, "m", to=unknown) == error(client_id, "unknown_recipient", text)
+    assert cluster[1].api.post("/messages", json={"event_name": "m", "to": unknown}).status_code == 404
+    assert cluster[1].api.get(f"/clients/{unknown}").status_code == 404
+
+
+def test_every_node_lists_all_nodes_clients_with_live_counts(pair: Pair, cluster: Cluster) -> None:
+    here, there = pair
+    here_id, there_id = id_of(here), id_of(there)
+    ask(there, "m", to=there_id)
+    for node in cluster[1:]:
+        page = node.api.get("/clients").json()
+        clients = {client["id"]: client for client in page["clients"]}
+        assert (page["total"], page["partial"], set(clients)) == (2, False, {here_id, there_id})
+        assert {client["node"] for client in page["clients"]} == {here_id[:8], there_id[:8]}
+        assert clients[there_id]["messages_received"] == 2
+        assert node.api.get(f"/clients/{there_id}").json() == clients[there_id]
+
+
+def test_a_client_is_disconnected_from_any_node(pair: Pair, cluster: Cluster) -> None:
+    _, there = pair
+    url = f"/clients/{id_of(there)}"
+    assert cluster[1].api.delete(url).status_code == 204
+    assert close_code(there) == 1008
+    assert [cluster[1].api.delete(url).status_code, cluster[1].api.get(url).status_code] == [404, 404]
+
+
+def test_a_walk_misses_no_steady_client_while_others_come_and_go(cluster: Cluster) -> None:
+    _, one, two = cluster
+    stopped = threading.Event()
+
+    def come_and_go(node: Node) -> None:
+        while not stopped.wait(0.01):
+            with contextlib.suppress(ConnectionClosed), dial_node(node) as client:
+                id_of(client)
+
+    crowd = [threading.Thread(target=come_and_go, args=[node]) for node in (one, two)]
+    with contextlib.ExitStack() as stack:
+        steady = set()
+        for number in range(60):
+            if number == 20:
+                for thread in crowd:
+                    thread.start()
+            steady.add(id_of(stack.enter_context(dial_node((one, two)[number % 2]))))
+        try:
+            for _ in range(5):
+                seen: list[str] = []
+                after: str | None = ""
+                while after is not None:
+                    page = one.api.get("/clients", params={"limit": 7, "after": after}).json()
+                    seen += [client["id"] for client in page["clients"]]
+                    after = page["next"]
+                    assert not page["partial"]
+                assert steady <= set(seen)
+                assert len(seen) == len(set(seen))
+        finally:
+            stopped.set()
+            for thread in crowd:
+                thread.join(LIMIT)
+
+
+def test_the_list_pages_through_ten_thousand_clients(api: httpx.Client, logged: list[Any]) -> None:
+    _, log = fake_log()
+    ids = [fake_client(log)[0].id for _ in range(10_000)]
+    try:
+        seen: list[str] = []
+        after: str | None = ""
+        while after is not None:
+            page = api.get("/clients", params={"limit": 1000, "after": after}).json()
+            seen += [client["id"] for client in page["clients"]]
+            after = page["next"]
+        assert sorted(seen) == sorted(ids)
+    finally:
+        datadivr.clients.clear()
+
+
+class Flow:
+    """Numbered messages from a client of one node, which one client of each node collects."""
+
+    def __init__(self, pair: Pair, cluster: Cluster, stack: contextlib.ExitStack) -> None:
+        self.sender = stack.enter_context(dial_node(cluster[1]))
+        self.here, self.there = pair
+        self.numbers = itertools.count()
+        self.last = -1
+
+    def until(self, condition: Callable[[], Any], what: str, messages: int = 1) -> None:
+        """Publish, 500 messages a second, until so many have gone and something holds."""
+        end = self.last + messages
+
+        def sent() -> bool:
+            for _ in range(5):
+                self.last = next(self.numbers)
+                say(self.sender, "n", payload=self.last, to="all")
+            return self.last >= end and bool(condition())
+
+        wait_until(sent, what, 20)
+
+    def collected(self, client: ClientConnection) -> list[int]:
+        """Read a client up to the last message."""
+        numbers = [-1]
+        while numbers[-1] != self.last:
+            numbers.append(hear(client)["payload"])
+        return numbers[1:]
+
+
+@pytest.fixture
+def flow(pair: Pair, cluster: Cluster) -> Iterator[Flow]:
+    with contextlib.ExitStack() as stack:
+        yield Flow(pair, cluster, stack)
+
+
+def joins(log: str) -> tuple[int, int]:
+    return log.count("redis_lost"), log.count("redis_joined")
+
+
+@pytest.mark.parametrize("fault", ["killed", "hanging"])
+def test_an_outage_of_redis_costs_what_is_counted_and_is_over_by_itself(
+    flow: Flow, cluster: Cluster, fault: str
+) -> None:
+    server, one, two = cluster
+    counted = one.redis_errors
+    before = [joins(node.log) for node in (one, two)]
+    flow.until(lambda: True, "a calm start", 200)
+    if fault == "killed":
+        server.kill()
+    else:
+        server.popen.send_signal(signal.SIGSTOP)
+    start = time.monotonic()
+    flow.until(lambda: not (one.joined or two.joined), "the loss to be noticed")
+    assert time.monotonic() - start < 4
+    flow.until(lambda: True, "an outage", 300)
+    if fault == "killed":
+        server.start()
+    else:
+        server.popen.send_signal(signal.SIGCONT)
+    start = time.monotonic()
+    flow.until(lambda: one.joined and two.joined, "the return")
+    assert time.monotonic() - start < 5
+    flow.until(lambda: True, "a calm end", 200)
+    here, there = flow.collected(flow.here), flow.collected(flow.there)
+    assert here == list(range(flow.last + 1))
+    assert there == sorted(set(there))
+    assert set(range(170)) | set(range(flow.last - 199, flow.last + 1)) <= set(there)
+    assert abs(len(here) - len(there) - (one.redis_errors - counted)) <= 30  # the few in flight
+    for node, (lost, joined) in zip((one, two), before, strict=True):
+        assert joins(node.log) == (lost + 1, joined + 1)
+
+
+def test_while_redis_is_down_each_node_answers_for_itself(pair: Pair, cluster: Cluster) -> None:
+    server, one, _ = cluster
+    here, there = pair
+    here_id, there_id = id_of(here), id_of(there)
+    server.kill()
+    try:
+        wait_until(lambda: not one.joined, "the loss to be noticed")
+        page = one.api.get("/clients").json()
+        assert (page["total"], page["partial"], page["clients"][0]["id"]) == (1, True, here_id)
+        assert one.api.get(f"/clients/{here_id}").status_code == 200
+        assert one.api.get(f"/clients/{there_id}").status_code == 503
+        assert one.api.delete(f"/clients/{there_id}").status_code == 503
+        assert one.api.post("/messages", json={"event_name": "m", "to": there_id}).status_code == 503
+        assert one.api.post("/messages", json={"event_name": "m"}).json() == {"recipients": 1, "partial": True}
+        assert hear(here)["event_name"] == "m"
+        counted = one.redis_errors
+        say(here, "m", to=there_id)
+        assert ask(here, "last", to="all")["event_name"] == "last"  # no error came before it
+        assert one.redis_errors == counted + 2
+    finally:
+        server.start()
+
+
+def test_what_waits_for_a_hanging_redis_is_bounded() -> None:
+    with (
+        RedisServer() as server,
+        Node(server.url, DATADIVR_MAX_BUFFER_BYTES="100000") as node,
+        dial_node(node) as client,
+    ):
+        id_of(client)
+        server.popen.send_signal(signal.SIGSTOP)
+        try:
+            for _ in range(50):
+                ask(client, "m", payload="x" * 10_000, to="all")
+            assert node.joined
+            assert 38 <= node.redis_errors <= 41  # one or two were under way, and nine wait
+        finally:
+            server.popen.send_signal(signal.SIGCONT)
+
+
+def test_a_server_starts_without_redis_and_joins_when_it_appears() -> None:
+    with RedisServer() as server:
+        server.kill()
+        with Node(server.url) as one, dial_node(one) as here:
+            assert ask(here, "m", to="all")["event_name"] == "m"
+            assert (one.joined, joins(one.log)) == (False, (1, 0))
+            server.start()
+            with Node(server.url) as two, dial_node(two) as there:
+                id_of(there)
+                wait_until(lambda: one.joined, "the first node to join")
+                say(here, "m")
+                assert hear(there)["event_name"] == "m"
+
+
+@pytest.mark.parametrize("kind", ["normal", "pubsub"])
+def test_a_killed_connection_is_noticed_counted_and_replaced(pair: Pair, cluster: Cluster, kind: str) -> None:
+    server, one, two = cluster
+    here, there = pair
+    before = [node.redis_errors for node in (one, two)]
+    server.client.client_kill_filter(_type=kind, skipme=True)
+    start = time.monotonic()
+    wait_until(lambda: one.redis_errors > before[0] and two.redis_errors > before[1], "it to be noticed")
+    wait_until(lambda: one.joined and two.joined, "their return")
+    assert time.monotonic() - start < 1
+    say(here, "m")
+    assert hear(there)["event_name"] == "m"
+
+
+@contextlib.contextmanager
+def paused(node: Node) -> Iterator[None]:
+    node.popen.send_signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        node.popen.send_signal(signal.SIGCONT)
+
+
+def test_a_node_that_does_not_answer_is_left_out_after_a_second(pair: Pair, cluster: Cluster) -> None:
+    _, one, two = cluster
+    here_id, there_id = (id_of(client) for client in pair)
+    with paused(two):
+        start = time.monotonic()
+        page = one.api.get("/clients").json()
+        assert 1 <= time.monotonic() - start < 1.5
+        assert (page["partial"], [client["id"] for client in page["clients"]]) == (True, [here_id])
+        assert one.api.get(f"/clients/{there_id}").status_code == 503
+
+
+def test_a_node_that_was_paused_catches_up_and_drops_nobody_who_reads(pair: Pair, cluster: Cluster) -> None:
+    _, one, two = cluster
+    sender, there = pair
+    counted = two.redis_errors
+    with raw_client(two.port, buffer=65536) as reader, ThreadPoolExecutor() as pool:
+        reader_id = own_id(reader)
+
+        def read() -> int:  # at 30 MB/s at most, where a backlog comes at several 100
+            marks = 0
+            while marks < 300 and (data := reader.recv(16384)):
+                marks += data.count(b"|")
+                time.sleep(0.0005)
+            return marks
+
+        marks = pool.submit(read)
+        with paused(two):
+            for number in range(300):  # 15 MB, and a client's buffer holds 1
+                ask(sender, "n", payload=number, to="all", message="x" * 50_000 + "|")
+            wait_until(lambda: one.api.get("/clients").json()["partial"], "a second to pass")
+        assert [hear(there)["payload"] for _ in range(300)] == list(range(300))
+        assert marks.result() == 300
+        assert reader_id in one.ids()
+    assert two.redis_errors == counted
+
+
+def test_a_node_that_missed_messages_counts_them(pair: Pair, cluster: Cluster) -> None:
+    server, _, two = cluster
+    sender, there = pair
+    counted, (lost, joined) = two.redis_errors, joins(two.log)
+    ask(sender, "n", payload=-1, to="all")
+    assert hear(there)["payload"] == -1
+    server.client.config_set("client-output-buffer-limit", "pubsub 1mb 1mb 60")
+    with paused(two):
+        for number in range(300):
+            ask(sender, "n", payload=number, to="all", message="x" * 50_000)
+    server.client.config_set("client-output-buffer-limit", "pubsub 32mb 8mb 60")
+    wait_until(lambda: joins(two.log) == (lost + 1, joined + 1), "its return")
+    say(sender, "n", payload=300)
+    numbers = [-1]
+    while numbers[-1] < 300:
+        numbers.append(hear(there)["payload"])
+    assert numbers == sorted(set(numbers))
+    missed = 302 - len(numbers)
+    assert missed > 100
+    assert two.redis_errors - counted == missed + 1  # and the lost connection
+    assert f"messages={missed}" in two.log
+
+
+def test_a_killed_nodes_clients_are_gone_and_nobody_else_is_disturbed(pair: Pair, cluster: Cluster) -> None:
+    server, one, two = cluster
+    here, there = pair
+    with Node(server.url) as victim, dial_node(victim) as doomed:
+        here_id, there_id, doomed_id = id_of(here), id_of(there), id_of(doomed)
+        assert one.ids() == {here_id, there_id, doomed_id}
+        victim.stop(signal.SIGKILL)
+        start = time.monotonic()
+        wait_until(lambda: one.ids() == two.ids() == {here_id, there_id}, "them to go")
+        assert time.monotonic() - start < 2
+        assert ask(here, "m", to=doomed_id)["payload"] == {"code": "unknown_recipient"}
+        say(here, "m")
+        assert hear(there)["event_name"] == "m"
+        assert not one.api.get("/clients").json()["partial"]
+
+
+def test_a_stopped_nodes_clients_are_gone_at_once_and_its_last_words_are_heard(
+    pair: Pair, cluster: Cluster, tmp_path: Path
+) -> None:
+    server, one, _ = cluster
+    here, there = pair
+    farewell = """
+        from datadivr import app, create_message, websocket_handler
+
+        @websocket_handler("$disconnect")
+        async def farewell(message):
+            return create_message("left", message.from_id, "all")
+    """
+    (tmp_path / "application.py").write_text(textwrap.dedent(farewell))
+    with Node(server.url, tmp_path, "application:app") as node, dial_node(node) as client:
+        here_id, there_id, client_id = id_of(here), id_of(there), id_of(client)
+        node.popen.send_signal(signal.SIGTERM)
+        assert close_code(client) == 1012
+        assert hear(here)["payload"] == client_id
+        assert one.ids() == {here_id, there_id}
+        assert node.stop() in (0, -signal.SIGTERM)
+
+
+def test_garbage_on_the_channels_is_counted_logged_and_dropped(pair: Pair, cluster: Cluster) -> None:
+    server, one, two = cluster
+    here, there = pair
+    node = id_of(there)[:8]
+    whole = datadivr.HEADER.pack(datadivr.VERSION, b"0" * 8, 0) + datadivr.ITEM.pack(datadivr.TO_ALL, 2) + b"{}"
+    other_version = b"ddv0" + whole[4:]
+    broken = [whole[:size] for size in range(0, len(whole), 5) if size != datadivr.HEADER.size]
+    strange = [
+        datadivr.HEADER.pack(datadivr.VERSION, b"0" * 8, 0) + datadivr.ITEM.pack(kind, 1) + b"[" for kind in range(3, 9)
+    ]
+    garbage = [b"hello", other_version, whole + b"x", *broken, *strange]
+    before = two.redis_errors
+    for channel in ("datadivr:all", f"datadivr:{node}"):
+        for data in garbage:
+            server.client.publish(channel, data)
+    say(here, "m")
+    assert hear(there)["event_name"] == "m"
+    assert two.redis_errors - before == 2 * len(garbage)
+    assert two.log.count("redis_garbage") == 1  # a minute
+    assert one.joined
+    assert two.joined
+
+
+def test_a_prefix_keeps_two_installations_apart(pair: Pair, cluster: Cluster) -> None:
+    here, there = pair
+    with Node(cluster[0].url, DATADIVR_REDIS_PREFIX="other") as node, dial_node(node) as stranger:
+        stranger_id = id_of(stranger)
+        assert node.ids() == {stranger_id}
+        assert ask(here, "m", to=stranger_id)["payload"] == {"code": "unknown_recipient"}
+        say(here, "m", to="all")
+        assert hear(there)["event_name"] == "m"
+        assert ask(stranger, "mine", to="all")["event_name"] == "mine"  # and nothing before it
+
+
+def test_messages_of_one_turn_share_a_publish(cluster: Cluster, pair: Pair) -> None:
+    server, one, _ = cluster
+    _, there = pair
+
+    def publishes() -> int:
+        return int(server.client.info("commandstats")["cmdstat_publish"]["calls"])
+
+    with raw_client(one.port) as client:
+        before = publishes()
+        client.sendall(masked('{"event_name": "m"}') * 200)
+        for _ in range(200):
+            hear(there)
+        assert publishes() - before < 40  # probes among them
+
+
+@pytest.mark.parametrize("scheme", ["unix", "rediss"])
+def test_redis_is_reached_through_a_socket_and_through_tls(tmp_path: Path, scheme: str) -> None:
+    options = ["--unixsocket", str(tmp_path / "redis.sock")]
+    url = f"unix://{tmp_path / 'redis.sock'}"
+    if scheme == "rediss":
+        make_certificate(tmp_path)
+        port = free_port()
+        key, certificate = str(tmp_path / "key.pem"), str(tmp_path / "certificate.pem")
+        options = ["--tls-port", str(port), "--tls-key-file", key, "--tls-cert-file", certificate]
+        options += ["--tls-ca-cert-file", certificate, "--tls-auth-clients", "no"]
+        url = f"rediss://localhost:{port}?ssl_ca_certs={certificate}"
+    with RedisServer(*options), Node(url) as node:
+        assert node.joined
+
+
+def test_a_redis_that_needs_a_password_is_joined_with_it_and_logs_do_not_show_it(cluster: Cluster) -> None:
+    with RedisServer("--requirepass", "hunter2") as server:
+        url = server.url.replace("//", "//:{}@")
+        with Node(url.format("hunter2")) as right, Node(url.format("wrong-word")) as wrong:
+            assert right.joined
+            assert not wrong.joined
+            assert "redis_lost" in wrong.log
+            assert "wrong-word" not in wrong.log
+
+
+def run_with_redis(url: str, script: str = "pass") -> str:
+    command = [sys.executable, "-c", f"import sys; {script}; import datadivr"]
+    return subprocess.run(command, env=environment(DATADIVR_REDIS_URL=url), capture_output=True, text=True).stderr
+
+
+def test_redis_configured_but_not_installed_stops_the_start_with_what_to_install() -> None:
+    text = run_with_redis("redis://localhost", "sys.modules['redis'] = None")
+    assert "DATADIVR_REDIS_URL is set, but redis is not installed: pip install redis" in text
+
+
+@pytest.mark.parametrize("url", ["http://secret@localhost", "redis://secret@localhost:port"])
+def test_a_bad_url_stops_the_start_without_being_shown(url: str) -> None:
+    text = run_with_redis(url)
+    assert "ValueError: DATADIVR_REDIS_URL: " in text
+    assert "secret" not in text
+
+
+def test_redis_is_not_imported_where_it_is_not_configured() -> None:
+    script = "import sys, datadivr; sys.exit('redis' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], env=environment(), check=False).returncode == 0
+
+
+Items = st.lists(st.tuples(st.integers(0, 255), st.binary(max_size=300)), min_size=1, max_size=5)
+
+
+@hypothesis.given(items=Items, data=st.data())
+def test_a_batch_is_read_whole_or_not_at_all(items: list[tuple[int, bytes]], data: st.DataObject) -> None:
+    header = datadivr.HEADER.pack(datadivr.VERSION, b"01234567", 7)
+    ends = list(itertools.accumulate((datadivr.ITEM.size + len(body) for _, body in items), initial=len(header)))
+    batch = header + b"".join(datadivr.ITEM.pack(kind, len(body)) + body for kind, body in items)
+    assert datadivr.parse_batch(batch) == ("01234567", 7, items)
+    cut = data.draw(st.integers(0, len(batch)).filter(lambda size: size not in ends))
+    with pytest.raises(ValueError, match=r"batch|buffer"):
+        datadivr.parse_batch(batch[:cut])
+
+
+def test_workers_share_a_scrape_and_a_killed_one_leaves_no_gauge(cluster: Cluster, tmp_path: Path) -> None:
+    command = ["-m", "uvicorn", "datadivr:app", "--port", "{port}", "--workers", "2", "--log-level", "warning"]
+    url, folder = cluster[0].url, str(tmp_path)
+    with (
+        Process(
+            *command, PROMETHEUS_MULTIPROC_DIR=folder, DATADIVR_REDIS_URL=url, DATADIVR_REDIS_PREFIX="workers"
+        ) as process,
+        contextlib.ExitStack() as stack,
+    ):
+        process.wait_until_up()
+        wait_until(lambda: process.log.count("redis_joined") == 2, "both workers to start")
+        clients: list[ClientConnection] = []
+        nodes: set[str] = set()
+        while len(nodes) < 2:  # the kernel deals connections out
+            clients.append(stack.enter_context(dial(f"ws://127.0.0.1:{process.port}/ws")))
+            nodes.add(id_of(clients[-1])[:8])
+        assert metrics(process.port)["clients"] == total(process.port) == len(clients)
+        assert metrics(process.port)["redis_up"] == 1
+        say(clients[0], "m", to="all")
+        for client in clients:
+            assert hear(client)["event_name"] == "m"
+        wait_until(lambda: metrics(process.port)["messages_sent_total"] == 2 * len(clients), "the count")
+        victim = next(int(path.stem.split("_")[-1]) for path in tmp_path.glob("gauge_livesum_*.db"))
+        os.kill(victim, signal.SIGKILL)
+        wait_until(lambda: metrics(process.port)["clients"] == total(process.port) < len(clients), "its gauge to go")
+
+
 # ---- The WebSocket endpoint ------------------------------------------------------------------------------------------
 
 
@@ -1603,10 +2228,11 @@ def test_a_client_is_listed_with_its_counts(connect: Connect, live: Live) -> Non
         (listed,) = page["clients"]
         assert api.get(f"/clients/{client_id}").json() == listed
     host, port = client.local_address
-    assert page == {"total": 1, "next": None, "clients": [listed]}
+    assert page == {"total": 1, "next": None, "partial": False, "clients": [listed]}
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{1,6}Z", listed.pop("connected_at"))
     assert listed == {
         "id": client_id,
+        "node": client_id[:8],
         "address": f"{host}:{port}",
         "messages_received": 2,
         "messages_sent": 2,
@@ -1688,7 +2314,7 @@ def test_an_announcement_reaches_all_and_is_from_the_server(connect: Connect, se
         id_of(client)
     announcement = {"event_name": "news", "payload": [1], "message": "Hello.", "from_id": "me"}
     answer = httpx.post(f"http://127.0.0.1:{server.port}/messages", json=announcement, headers=ADMIN)
-    assert (answer.status_code, answer.json()) == (202, {"recipients": 2})
+    assert (answer.status_code, answer.json()) == (202, {"recipients": 2, "partial": False})
     assert [hear(client) for client in clients] == [announcement | {"to": "all", "from_id": "server"}] * 2
 
 
@@ -1768,7 +2394,7 @@ def test_openapi_describes_every_answer_and_the_token(api: httpx.Client) -> None
         assert content["application/json"]["schema"] == {"$ref": f"#/components/schemas/{model}"}
     post = document["paths"]["/messages"]["post"]
     assert post["security"] == [{"HTTPBearer": []}]
-    assert set(post["responses"]) == {"202", "400", "401", "404", "413", "422"}
+    assert set(post["responses"]) == {"202", "400", "401", "404", "413", "422", "503"}
     body = post["requestBody"]["content"]["application/json"]["schema"]
     assert set(body["properties"]) == {"event_name", "payload", "to", "message"}
 
@@ -1980,12 +2606,7 @@ def test_another_server_gets_the_adapter_and_one_warning(server: Process, connec
 
 
 def test_a_stop_under_tls_does_not_wait_for_clients(tmp_path: Path) -> None:
-    if not shutil.which("openssl"):
-        assert "CI" not in os.environ, "CI has openssl"
-        pytest.skip("openssl is not installed")
-    subject = ["-subj", "/CN=localhost", "-keyout", "key.pem", "-out", "certificate.pem"]
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", *subject]
-    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    make_certificate(tmp_path)
     tls = ["--ssl-keyfile", str(tmp_path / "key.pem"), "--ssl-certfile", str(tmp_path / "certificate.pem")]
     trust = ssl.create_default_context(cafile=tmp_path / "certificate.pem")
     with Process("-m", "uvicorn", "datadivr:app", "--port", "{port}", *tls) as process:
