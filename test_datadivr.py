@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import hashlib
 import importlib
+import importlib.util
 import io
 import itertools
 import json
@@ -2860,6 +2861,30 @@ TUTORIAL = '''
         except WebSocketDisconnect:
             del clients[websocket]
 '''
+SOCKETIO = '''
+    """python-socketio with its Redis manager."""
+
+    import os
+
+    import socketio
+    from fastapi import FastAPI
+
+    server = socketio.AsyncServer(
+        async_mode="asgi", client_manager=socketio.AsyncRedisManager(os.environ["DATADIVR_REDIS_URL"])
+    )
+
+    @server.on("msg")
+    async def relay(session_id, message):
+        await server.emit("msg", message)
+
+    http = FastAPI()
+
+    @http.get("/healthz")
+    async def health() -> str:
+        return "ok"
+
+    app = socketio.ASGIApp(server, http)
+'''
 MARK = b"\xc3"  # the first byte of the ÿ in each message of a load: one byte, so that no read can cut it in two
 
 
@@ -2868,6 +2893,7 @@ class Peer(asyncio.Protocol):
 
     transport: asyncio.Transport
     upgrade = UPGRADE
+    hello = b""
 
     def __init__(self, load: "Load") -> None:
         self.load = load
@@ -2896,6 +2922,8 @@ class Peer(asyncio.Protocol):
         if b"\r\n\r\n" in self.head:
             assert self.head.startswith(b"HTTP/1.1 101"), self.head
             self.open.set_result(None)
+            self.transport.write(self.hello)
+            self.deliveries += self.count(self.head.partition(b"\r\n\r\n")[2])
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.lost.set_result(None)
@@ -2906,6 +2934,7 @@ class BrowserPeer(Peer):
 
     upgrade = UPGRADE[:-2] + b"Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits\r\n\r\n"
     unread = b""
+    kinds: tuple[bytes, ...] = (b"",)  # what a frame that counts begins with
 
     def count(self, data: bytes) -> int:
         self.unread += data
@@ -2916,16 +2945,24 @@ class BrowserPeer(Peer):
                 head, length = 4, int.from_bytes(self.unread[2:4])
             if len(self.unread) < head + length:
                 break
+            frames += self.unread[head : head + length].startswith(self.kinds)
             self.unread = self.unread[head + length :]
-            frames += 1
         return frames
 
 
-class Load:
-    """Clients of one server, and what they got."""
+class SocketIoPeer(BrowserPeer):
+    """A client that speaks Socket.IO: it counts the answer to its hello, and events."""
 
-    def __init__(self, port: int, peer: type[Peer] = Peer) -> None:
-        self.port = port
+    upgrade = UPGRADE.replace(b"/ws", b"/socket.io/?EIO=4&transport=websocket")
+    hello = masked("40")
+    kinds = (b"40", b"42")
+
+
+class Load:
+    """Clients of one server, dealt to its ports in turn, and what they got."""
+
+    def __init__(self, *ports: int, peer: type[Peer] = Peer) -> None:
+        self.ports = itertools.cycle(ports)
         self.peer = peer
         self.peers: list[Peer] = []
         self.goal = self.behind = 0
@@ -2937,7 +2974,7 @@ class Load:
         async def connect_one() -> None:
             async with gate:
                 _, peer = await asyncio.get_running_loop().create_connection(
-                    lambda: self.peer(self), "127.0.0.1", self.port
+                    lambda: self.peer(self), "127.0.0.1", next(self.ports)
                 )
                 await peer.open
                 self.peers.append(peer)
@@ -2974,21 +3011,24 @@ def text_to_all(size: int) -> bytes:
     return masked(json.dumps({"event_name": "msg", "to": "all", "message": f"ÿ{filler}"}, ensure_ascii=False))
 
 
+PROCESSORS = sorted(os.sched_getaffinity(0))
+
+
 @contextlib.contextmanager
 def pinned(folder: Path, name: str, *options: str, **variables: Any) -> Iterator[Process]:
     """Run one of the servers, on a processor of its own where there are two."""
-    processors = sorted(os.sched_getaffinity(0))
-    (folder / "tutorial.py").write_text(textwrap.dedent(TUTORIAL))
+    for peer, script in (("tutorial", TUTORIAL), ("socketio_server", SOCKETIO)):
+        (folder / f"{peer}.py").write_text(textwrap.dedent(script))
     quiet = ["--log-level", "warning", "--ws-ping-interval", "0"]  # a ping's random bytes could hold a mark
     command = ["-m", "uvicorn", f"{name}:app", "--port", "{port}", *quiet, *options]
     with Process(*command, cwd=folder, **variables) as process:
-        os.sched_setaffinity(process.popen.pid, processors[:1])
-        os.sched_setaffinity(0, processors[1:] or processors)
+        os.sched_setaffinity(process.popen.pid, PROCESSORS[:1])
+        os.sched_setaffinity(0, PROCESSORS[1:] or PROCESSORS)
         try:
             process.wait_until_up()
             yield process
         finally:
-            os.sched_setaffinity(0, processors)
+            os.sched_setaffinity(0, PROCESSORS)
 
 
 def resident(process: Process) -> int:
@@ -3014,7 +3054,7 @@ def test_fan_out_beside_the_tutorials_pattern(tmp_path: Path, capsys: pytest.Cap
     rates: dict[tuple[str, str], list[float]] = {}
 
     async def run(port: int, name: str, clients: int, messages: int, window: int, size: int, publishers: int) -> float:
-        load = Load(port, BrowserPeer if "deflate" in name else Peer)
+        load = Load(port, peer=BrowserPeer if "deflate" in name else Peer)
         await load.connect(clients)
         rate = await load.publish(messages, window, text_to_all(size), publishers)
         await load.close()
@@ -3032,6 +3072,46 @@ def test_fan_out_beside_the_tutorials_pattern(tmp_path: Path, capsys: pytest.Cap
         rows.append((workload, f"{ours:,.0f}", f"{theirs:,.0f}", f"{ours / theirs:.1f}x"))
         assert ours > theirs
     report(capsys, *rows)
+
+
+@pytest.mark.benchmark
+def test_two_nodes_beside_socketio_and_what_redis_costs_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    need(importlib.util.find_spec("socketio"), "python-socketio")
+    event = masked('42["msg",' + json.dumps({"message": "x" * 64}) + "]")
+    settings: dict[str, tuple[str, int, int, type[Peer], bytes]] = {
+        "two nodes": ("datadivr", 2, 3000, Peer, text_to_all(64)),
+        "two nodes of python-socketio": ("socketio_server", 2, 100, SocketIoPeer, event),
+        "one node with Redis": ("datadivr", 1, 3000, Peer, text_to_all(64)),
+        "one node without": ("datadivr", 1, 3000, Peer, text_to_all(64)),
+    }
+    rates: dict[str, list[float]] = {name: [] for name in settings}
+
+    async def run(ports: list[int], messages: int, peer: type[Peer], frame: bytes) -> float:
+        load = Load(*ports, peer=peer)
+        await load.connect(200)
+        if peer is SocketIoPeer:
+            await load.until(1)
+        rate = await load.publish(messages, 16, frame)
+        await load.close()
+        return rate
+
+    with RedisServer() as server:
+        os.sched_setaffinity(server.popen.pid, PROCESSORS[1:] or PROCESSORS)
+        for _ in range(3):
+            for name, (app, nodes, messages, peer, frame) in settings.items():
+                url = "" if "without" in name else server.url
+                with contextlib.ExitStack() as stack:
+                    pins = [pinned(tmp_path, app, DATADIVR_REDIS_URL=url) for _ in range(nodes)]
+                    ports = [stack.enter_context(pin).port for pin in pins]
+                    rates[name].append(asyncio.run(run(ports, messages, peer, frame)))
+    medians = {name: statistics.median(found) for name, found in rates.items()}
+    ratio = medians["two nodes"] / medians["two nodes of python-socketio"]
+    kept = medians["one node with Redis"] / medians["one node without"]
+    rows = [(name, f"{rate:,.0f}") for name, rate in medians.items()]
+    report(capsys, ("200 clients, 16 in flight", "deliveries/s"), ("---", "---"), *rows)
+    report(capsys, (f"to python-socketio {ratio:.1f}x", f"with Redis to without {kept:.2f}"))
+    assert ratio > 15
+    assert kept > 0.8
 
 
 @pytest.mark.benchmark
@@ -3120,7 +3200,7 @@ def test_clients_that_come_and_go_leave_nothing_behind(tmp_path: Path, capsys: p
     close = b"\x88\x80\0\0\0\0"
 
     async def cycle(load: Load, number: int) -> None:
-        _, peer = await asyncio.get_running_loop().create_connection(lambda: Peer(load), "127.0.0.1", load.port)
+        _, peer = await asyncio.get_running_loop().create_connection(lambda: Peer(load), "127.0.0.1", next(load.ports))
         await peer.open
         peer.transport.write(masked('{"event_name": "whoami"}'))
         if number % 2:
