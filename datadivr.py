@@ -65,7 +65,7 @@ from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, Protocol, TypeVar
+from typing import Annotated, Any, Generic, Literal, NoReturn, Protocol
 
 import structlog
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Request, Response, WebSocket
@@ -79,6 +79,7 @@ from pydantic import BaseModel, BeforeValidator, Field, NonNegativeInt, Positive
 from starlette.requests import ClientDisconnect
 from starlette.responses import PlainTextResponse
 from starlette.types import Message, Receive, Scope, Send
+from typing_extensions import TypeVar
 
 __version__ = "1.0.0"
 
@@ -170,12 +171,20 @@ class InvalidMessageFormat(ValueError):  # noqa: N818  # a promised name
     """Raised for text or bytes that are not a message; says which field is wrong and what was expected."""
 
 
-class WebSocketMessage(BaseModel):
+class InvalidPayload(ValueError):  # noqa: N818  # as the promised one
+    """Raised for a payload that is not of a handler's type; says which fields are wrong and what was expected."""
+
+
+PayloadT = TypeVar("PayloadT", default=Any)
+
+
+class WebSocketMessage(BaseModel, Generic[PayloadT]):
     """One message, as it goes over the wire in JSON.
 
     Attributes:
         event_name: 1 to 128 characters; names that begin with ``$`` are the server's own.
-        payload: anything that JSON can hold. Numbers that JSON has no name for (NaN, infinity) go out as null.
+        payload: anything that JSON can hold, or what the type in `WebSocketMessage[type]` can. Numbers that JSON has
+            no name for (NaN, infinity) go out as null.
         to: ``all``, ``others`` (everybody but the client whose message is being handled), or one client's id.
         from_id: the sender's id, or ``server``.
         message: a sentence for people, or None.
@@ -183,7 +192,7 @@ class WebSocketMessage(BaseModel):
     """
 
     event_name: EventName
-    payload: Any = None
+    payload: PayloadT = None  # type: ignore[assignment]  # Any by default
     to: str = "others"
     from_id: str = "server"
     message: str | None = None
@@ -238,7 +247,9 @@ class HandlerType(Enum):
     BOTH = "both"
 
 
-_registry: dict[HandlerType, dict[str, Handler]] = {handler_type: {} for handler_type in HandlerType}
+_registry: dict[HandlerType, dict[str, tuple[Handler, type[WebSocketMessage] | None]]] = {
+    handler_type: {} for handler_type in HandlerType
+}
 
 
 def websocket_handler(
@@ -250,32 +261,61 @@ def websocket_handler(
     runs in the event loop, a plain one in the thread pool (AnyIO's, of 40 threads). One client's messages are handled
     one after the other, so a handler that takes long holds up its own client alone. The names `$connect` and
     `$disconnect` are for clients that came and went.
+
+    Where its parameter is annotated `WebSocketMessage[type]`, it runs for payloads of that type alone, such as a
+    pydantic model; for others, the sender gets an `invalid_payload` error that names the fields.
+
+    Raises:
+        NameError: the annotation is text and names a type that is not there, or not yet.
+
     """
 
     def register(handler: HandlerT) -> HandlerT:
+        registered = handler, _find_type(handler)
         for kind in HandlerType if handler_type is HandlerType.BOTH else (handler_type,):
-            _registry[kind][event_name] = handler
+            _registry[kind][event_name] = registered
         return handler
 
     return register
 
 
+def _find_type(handler: Handler) -> type[WebSocketMessage] | None:
+    """Return the kind of `WebSocketMessage` that a handler's parameter is annotated with; None for any."""
+    try:
+        signature = inspect.signature(handler, eval_str=True)
+    except NameError:
+        signature = inspect.signature(handler)
+        if "WebSocketMessage[" in str(signature):
+            raise
+    except ValueError:  # it is written in C, and has none
+        return None
+    kind = next((parameter.annotation for parameter in signature.parameters.values()), None)
+    special = isinstance(kind, type) and issubclass(kind, WebSocketMessage) and kind is not WebSocketMessage
+    return kind if special else None
+
+
 def get_handlers(handler_type: HandlerType) -> dict[str, Handler]:
-    """Return a copy of the handlers of one type, by event name. Those of BOTH are among the other two types' too."""
-    return dict(_registry[handler_type])
+    """Return the handlers of one type, by event name. Those of BOTH are among the other two types' too."""
+    return {event_name: handler for event_name, (handler, _) in _registry[handler_type].items()}
 
 
 async def handle_msg(message: WebSocketMessage) -> Answer:
     """Run the message's handler and return its answer. A message without a handler is its own answer.
 
     Raises:
+        InvalidPayload: the payload is not of the type that the handler's annotation names.
         TypeError: the handler returned something that is neither a `WebSocketMessage` nor None.
         Exception: whatever the handler raised.
 
     """
-    handler = _registry[HandlerType.SERVER].get(message.event_name)
+    handler, kind = _registry[HandlerType.SERVER].get(message.event_name, (None, None))
     if handler is None:
         return message
+    if kind is not None:
+        try:
+            message = kind.model_validate_json(encode(message))
+        except ValidationError as error:
+            raise InvalidPayload(describe(error)) from None
     with handler_seconds.labels(message.event_name).time():
         if inspect.iscoroutinefunction(handler) or inspect.iscoroutinefunction(type(handler).__call__):
             result = handler(message)
@@ -1397,6 +1437,8 @@ async def _handle(client: Client, message: WebSocketMessage) -> None:
         answer = await handle_msg(message)
         if answer is not None:
             publish(answer, client, client)
+    except InvalidPayload as error:
+        client.report("invalid_payload", str(error), "invalid_payload")
     except (Exception, asyncio.CancelledError):
         if (task := asyncio.current_task()) and task.cancelling():
             raise  # it is this connection that is cancelled, not something that the handler awaited

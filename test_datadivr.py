@@ -31,8 +31,9 @@ import tomllib
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, assert_type
 
 import fastapi
 import httpx2 as httpx
@@ -46,6 +47,7 @@ from fastapi.testclient import TestClient
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from playwright.sync_api import Browser, sync_playwright
+from pydantic import BaseModel
 from pydantic_core import PydanticSerializationError
 from starlette.middleware import Middleware
 from starlette.testclient import WebSocketDenialResponse
@@ -682,6 +684,65 @@ def test_an_object_with_a_coroutine_method_is_a_handler(registry: None) -> None:
 def test_a_message_without_a_handler_is_its_own_answer() -> None:
     message = WebSocketMessage(event_name="unheard of")
     assert asyncio.run(datadivr.handle_msg(message)) is message
+
+
+class Point(BaseModel):
+    x: int
+    when: datetime | None = None
+
+
+PointMessage = WebSocketMessage[Point]
+
+
+async def by_annotation(message: WebSocketMessage[Point]) -> WebSocketMessage:
+    return datadivr.create_message("point", assert_type(message.payload.x, int) + 1, message.from_id)
+
+
+async def by_text(message: "WebSocketMessage[Point]") -> WebSocketMessage:
+    return datadivr.create_message("point", message.payload.x + 1, message.from_id)
+
+
+async def by_alias(message: "PointMessage") -> WebSocketMessage:
+    return datadivr.create_message("point", message.payload.x + 1, message.from_id)
+
+
+@pytest.mark.parametrize("handler", [by_annotation, by_text, by_alias])
+def test_a_typed_handler_gets_its_payload_validated(
+    connect: Connect, live: Live, handler: Callable[[Any], Any], logged: list[Any]
+) -> None:
+    datadivr.websocket_handler("point")(handler)
+    client = connect()
+    client_id = id_of(client)
+    assert ask(client, "point", payload={"x": 1, "when": "2026-01-01T00:00:00Z"})["payload"] == 2
+    for payload, text in [
+        ({"x": "secret"}, "payload.x: Input should be a valid integer, unable to parse string as an integer"),
+        ({"when": 5}, "payload.x: Field required"),
+        (None, "payload: Input should be an object"),
+    ]:
+        assert ask(client, "point", payload=payload) == error(client_id, "invalid_payload", text)
+    assert "secret" not in str(logged)
+
+
+def test_a_fault_of_a_typed_handlers_own_is_not_its_senders(registry: None, logged: list[Any]) -> None:
+    @datadivr.websocket_handler("point")
+    async def point(message: WebSocketMessage[Point]) -> None:
+        Point.model_validate({})
+
+    with TestClient(datadivr.app).websocket_connect("/ws") as client:
+        client.send_json({"event_name": "point", "payload": {"x": 1}})
+        assert client.receive_json()["payload"] == {"code": "handler_error"}
+
+
+def test_a_handler_whose_type_is_not_there_is_refused_and_one_without_type_is_not(registry: None) -> None:
+    async def typed(message: "WebSocketMessage[Nowhere]") -> None: ...  # type: ignore[name-defined]  # noqa: F821
+
+    async def untyped(message: "Nowhere") -> None: ...  # type: ignore[name-defined]  # noqa: F821
+
+    datadivr.websocket_handler("untyped")(untyped)
+    datadivr.websocket_handler("print")(print)
+    with pytest.raises(NameError, match="Nowhere"):
+        datadivr.websocket_handler("typed")(typed)
+    assert {"untyped", "print"} < set(datadivr.get_handlers(HandlerType.SERVER))
 
 
 def test_connect_and_disconnect_handlers_run_for_each_client(connect: Connect, live: Live) -> None:
