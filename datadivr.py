@@ -710,12 +710,12 @@ class InLoop:
             return True
         try:
             self.loop.call_soon_threadsafe(function, *args)
-        except RuntimeError:
-            self.end()
+        except RuntimeError:  # it is closed: nobody is there
+            self.abandon()
             return False
         return True
 
-    def end(self) -> None:
+    def abandon(self) -> None:
         """Clean up after a loop that was found closed."""
 
 
@@ -740,7 +740,7 @@ class Log(InLoop):
         self.total = 0  # messages to everybody, ever
         loop.call_later(SWEEP_SECONDS, self._sweep)
 
-    def end(self) -> None:
+    def abandon(self) -> None:
         for client in tuple(self.clients.values()):
             client.leave("client")
 
@@ -1241,13 +1241,16 @@ class Link(InLoop):
 
 
 _link: Link | None = globals().get("_link")
+_joining = threading.Lock()
 
 
 def join() -> Link | None:
     """Return the link to the other nodes, started here if there is none; None without `DATADIVR_REDIS_URL`."""
     global _link
-    if pool and (_link is None or _link.task.done() or _link.loop.is_closed()):
-        _link = Link()
+    if pool:
+        with _joining:
+            if _link is None or _link.task.done() or _link.loop.is_closed():
+                _link = Link()
     return _link
 
 
