@@ -6,6 +6,7 @@ uvicorn in a thread of this process; the others need no socket.
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -62,6 +63,7 @@ import datadivr
 from datadivr import HandlerType, WebSocketMessage
 
 ROOT = Path(__file__).parent
+README = (ROOT / "README.md").read_text()
 LIMIT = 10.0  # seconds that anything may take
 TOKEN = "secret"
 ADMIN = {"Authorization": f"Bearer {TOKEN}"}
@@ -95,10 +97,12 @@ def environment(**variables: str) -> dict[str, str]:
 class Process:
     """A server in a process of its own, its output in `log`."""
 
-    def __init__(self, *command: str, cwd: Path = ROOT, port: int = 0, **variables: Any) -> None:
+    def __init__(
+        self, *command: str, program: str = sys.executable, cwd: Path = ROOT, port: int = 0, **variables: Any
+    ) -> None:
         self.port = port or free_port()
         self.output = io.StringIO()
-        words = [sys.executable, *(word.format(port=self.port) for word in command)]
+        words = [program, *(word.format(port=self.port) for word in command)]
         self.popen = subprocess.Popen(
             words,
             cwd=cwd,
@@ -171,11 +175,22 @@ def need(there: object, what: str) -> None:
         (pytest.fail if os.environ.get("CI") else pytest.skip)(f"it needs {what}")
 
 
+def find(program: str) -> str:
+    """Return the path of a program, one of this environment first, that a test needs."""
+    path = shutil.which(program, path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    need(path, program)
+    return str(path)
+
+
+def blocks(language: str) -> list[str]:
+    """Return the README's code in one language, block by block."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
 def make_certificate(folder: Path) -> None:
     """Make key.pem and certificate.pem, for localhost."""
-    need(shutil.which("openssl"), "openssl")
     subject = ["-subj", "/CN=localhost", "-keyout", "key.pem", "-out", "certificate.pem"]
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", *subject]
+    command = [find("openssl"), "req", "-x509", "-newkey", "rsa:2048", "-nodes", *subject]
     subprocess.run(command, cwd=folder, check=True, capture_output=True)
 
 
@@ -291,7 +306,8 @@ def live(registry: None) -> Iterator[Live]:
 @pytest.fixture
 def connect(request: pytest.FixtureRequest) -> Iterator[Connect]:
     """Connect clients to the test's server and close them at its end."""
-    running = request.getfixturevalue("server" if "server" in request.fixturenames else "live")
+    (name,) = {"server", "scraped"} & set(request.fixturenames) or {"live"}
+    running = request.getfixturevalue(name)
     with contextlib.ExitStack() as stack:
 
         def connect(path: str = "/ws", **options: Any) -> ClientConnection:
@@ -2809,11 +2825,9 @@ def node_client(url: str) -> Iterator[Callable[[], tuple[str, int]]]:
 
 @contextlib.contextmanager
 def chromium() -> Iterator[Browser]:
-    path = shutil.which("chromium")
-    need(path, "chromium")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
-            executable_path=path, args=["--no-sandbox", "--disable-background-networking"]
+            executable_path=find("chromium"), args=["--no-sandbox", "--disable-background-networking"]
         )
         yield browser
         browser.close()
@@ -2877,6 +2891,117 @@ def test_compression_switched_off_leaves_the_connections_own_alone(
     (extension,) = client.protocol.conn.extensions
     assert hasattr(extension, "encoder")
     assert client.framing is datadivr.frame
+
+
+# ---- Prometheus ------------------------------------------------------------------------------------------------------
+
+
+class Scraped(Process):
+    """A server, and a Prometheus that scrapes it as the README says."""
+
+    def __init__(self, folder: Path, protected: bool) -> None:
+        program = find("prometheus")
+        (folder / "application.py").write_text(textwrap.dedent(APPLICATION))
+        super().__init__(*SERVERS["uvicorn"], cwd=folder, DATADIVR_PROTECT_METRICS=str(protected))
+        scrape, rules = blocks("yaml")
+        if protected:
+            scrape = re.sub(r"# (?=authorization:|  credentials:)", "", scrape).replace("the admin token", TOKEN)
+        often = "global: {scrape_interval: 100ms, evaluation_interval: 100ms}\nrule_files: [rules.yml]\n"
+        (folder / "rules.yml").write_text(rules)
+        (folder / "prometheus.yml").write_text(often + scrape.replace("8000", str(self.port)))
+        options = "--config.file=prometheus.yml", "--storage.tsdb.path=data", "--web.listen-address=127.0.0.1:{port}"
+        self.prometheus = Process(*options, program=program, cwd=folder)
+
+    def query(self, promql: str, **options: float) -> list[float]:
+        """Return the values that Prometheus finds."""
+        url = f"http://127.0.0.1:{self.prometheus.port}/api/v1/query"
+        answer = httpx.get(url, params={"query": promql, **options}).json()
+        assert answer["status"] == "success", answer
+        return [float(series["value"][1]) for series in answer["data"]["result"]]
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        self.prometheus.stop(number)
+        return super().stop(number)
+
+
+@pytest.fixture(scope="session")
+def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Scraped]]:
+    """Two servers, the metrics of the second protected: Prometheus takes 5 s to look for its targets."""
+    with (
+        Scraped(tmp_path_factory.mktemp("open"), False) as unprotected,
+        Scraped(tmp_path_factory.mktemp("protected"), True) as protected,
+    ):
+        pair = [unprotected, protected]
+        for server in pair:
+            server.prometheus.wait_until_up("/-/ready")
+        wait_until(lambda: [server.query("up") for server in pair] == [[1], [1]], "both targets to be up")
+        yield pair
+
+
+@pytest.fixture
+def scraped(both: list[Scraped]) -> Scraped:
+    return both[1]
+
+
+@pytest.mark.parametrize("protected", [False, True])
+def test_prometheus_sees_who_is_connected(both: list[Scraped], protected: bool) -> None:
+    scraped = both[protected]
+    with contextlib.ExitStack() as stack:
+        for _ in range(3):
+            stack.enter_context(raw_client(scraped.port))
+        wait_until(lambda: scraped.query("datadivr_clients") == [3], "the clients")
+    wait_until(lambda: scraped.query("datadivr_clients") == [0], "their end")
+
+
+def test_the_rate_that_prometheus_sees_is_what_was_sent(scraped: Scraped, connect: Connect) -> None:
+    (promql,) = re.findall(r".*datadivr_messages_sent_total.*", blocks("promql")[0])
+    sender, *_ = clients = [connect() for _ in range(3)]
+    sent: list[float] = []
+    end = time.time() + 3.2
+    while time.time() < end:
+        ask(sender, "tick", to="all")
+        sent.append(time.time())
+    wait_until(lambda: scraped.query("timestamp(datadivr_clients)")[0] > end, "the last scrape")
+    (rate,) = scraped.query(promql.replace("1m", "3s"), time=end)
+    assert rate == pytest.approx(len(clients) * sum(end - 3 < at <= end for at in sent) / 3, rel=0.1)
+
+
+def test_each_query_of_the_readme_shows_something(scraped: Scraped, connect: Connect) -> None:
+    (queries,) = blocks("promql")
+    client = connect()
+
+    def shows(promql: str) -> bool:
+        ask(client, "double", payload=1)
+        ask(client, "x", to="nobody")
+        return any(value > 0 for value in scraped.query(promql))
+
+    for promql in queries.splitlines():
+        wait_until(functools.partial(shows, promql), promql)
+
+
+def test_an_alert_fires_where_a_client_that_does_not_read_is_dropped(scraped: Scraped) -> None:
+    firing = 'ALERTS{alertname="DatadivrDropsSlowClients", alertstate="firing"}'
+    assert scraped.query(firing) == []
+    with (
+        raw_client(scraped.port, buffer=4096) as stalled,
+        httpx.Client(base_url=f"http://127.0.0.1:{scraped.port}", headers=ADMIN) as api,
+    ):
+        fill = {"event_name": "fill", "payload": "x" * 900_000, "to": own_id(stalled)}
+        wait_until(lambda: api.post("/messages", json=fill).status_code == 404, "it to be dropped")
+        wait_until(lambda: scraped.query(firing) == [1], "the alert")
+
+
+def test_promtool_finds_no_fault_with_the_metrics(api: httpx.Client) -> None:
+    command = [find("promtool"), "check", "metrics"]
+    done = subprocess.run(command, input=api.get("/metrics").text, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_promtool_finds_no_fault_with_the_rules_of_the_readme(tmp_path: Path) -> None:
+    (tmp_path / "rules.yml").write_text(blocks("yaml")[1])
+    command = [find("promtool"), "check", "rules", "--lint=all", "--lint-fatal", "rules.yml"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 # ---- Benchmarks: `pytest -m benchmark` -------------------------------------------------------------------------------
