@@ -1460,7 +1460,7 @@ class Detail(BaseModel):
 class ClientInfo(BaseModel):
     """One connected client."""
 
-    id: str
+    id: str = Field(examples=["5f0c2a91-52d5-8cf0-9f5a-1c6e3d0a9b48"])
     node: str = Field(description="The process that holds it.", examples=["5f0c2a91"])
     address: str = Field(description="Host and port of its end of the connection.", examples=["127.0.0.1:50514"])
     connected_at: datetime
@@ -1473,7 +1473,7 @@ class ClientPage(BaseModel):
     """A page of the list of clients, oldest first."""
 
     total: int = Field(description="Clients connected now.")
-    next: str | None = Field(description="The `after` of the next page; null on the last.")
+    next: str | None = Field(description="The `after` of the next page; null on the last.", examples=[None])
     partial: bool = Field(description="Whether a node did not answer, so that its clients are missing.")
     clients: list[ClientInfo]
 
@@ -1597,6 +1597,12 @@ async def disconnect_client(client_id: str) -> None:
     await _ask_owner(client_id, "disconnect", client_id)
 
 
+@admin.route("/clients/{client_id}", "HEAD OPTIONS PATCH POST PUT QUERY TRACE".split(), include_in_schema=False)
+async def _refuse_method(_: Request) -> NoReturn:
+    # RFC 9110, 15.5.6: what the resource allows, while each of its two routes would name its own method alone
+    raise HTTPException(405, headers={"Allow": "GET, DELETE"})
+
+
 @admin.post(
     "/messages",
     status_code=202,
@@ -1604,11 +1610,19 @@ async def disconnect_client(client_id: str) -> None:
     responses={
         **NOT_FOUND,
         400: {"model": Detail},
-        413: {"model": Detail},
+        413: {"model": Detail, "content": {"text/plain": {"schema": {"type": "string"}}}},
         422: {"content": {"application/json": {"schema": {"$ref": "#/components/schemas/HTTPValidationError"}}}},
     },
     openapi_extra={
-        "requestBody": {"required": True, "content": {"application/json": {"schema": Announcement.model_json_schema()}}}
+        "requestBody": {
+            "required": True,
+            "content": {
+                "application/json": {
+                    "schema": Announcement.model_json_schema(),
+                    "example": {"event_name": "news", "message": "Hello, all."},
+                }
+            },
+        }
     },
 )
 async def post_message(request: Request) -> Recipients:
@@ -1633,8 +1647,12 @@ async def post_message(request: Request) -> Recipients:
 @router.get(
     "/metrics",
     dependencies=[Depends(authorize_scrape)],
-    responses={401: {"model": Detail}},
+    responses={
+        200: {"content": {"application/openmetrics-text": {"schema": {"type": "string"}}}},
+        401: {"content": {"application/json": {"schema": {"$ref": "#/components/schemas/Detail"}}}},
+    },
     response_class=PlainTextResponse,
+    openapi_extra={"security": [{}]},  # DATADIVR_PROTECT_METRICS decides whether the token is needed
 )
 async def get_metrics(request: Request) -> Response:
     """Report the metrics in Prometheus' text format, or in OpenMetrics where that is asked for."""

@@ -2428,6 +2428,8 @@ def test_a_bad_announcement_is_refused_with_the_reason(
     answer = api.post("/messages", content=body)
     assert answer.status_code == status
     assert detail in answer.text
+    documented = datadivr.app.openapi()["paths"]["/messages"]["post"]["responses"][str(status)]["content"]
+    assert answer.headers["content-type"].partition(";")[0] in documented
 
 
 def test_a_body_over_the_limit_is_not_read_for_a_caller_without_the_token(live: Live, connect: Connect) -> None:
@@ -2458,6 +2460,36 @@ def test_the_health_check_is_open() -> None:
     assert (answer.status_code, answer.json()) == (200, {"status": "ok"})
 
 
+@pytest.mark.parametrize("protected", [False, True])
+def test_schemathesis_finds_no_fault(
+    tmp_path: Path, configure: Callable[..., None], ended: Callable[[], dict[str, float]], protected: bool
+) -> None:
+    configure(protect_metrics=protected)
+    (tmp_path / "schemathesis.toml").write_text("[warnings]\nfail-on = true\n")  # where it met no client, say
+    done = threading.Event()
+
+    def come_back(url: str) -> None:
+        while not done.is_set():
+            with dial(url) as client:
+                close_code(client)
+
+    with Live() as live:
+        url = f"127.0.0.1:{live.port}"
+        threads = [threading.Thread(target=come_back, args=(f"ws://{url}/ws",)) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        command = [sys.executable, "-m", "schemathesis.cli", "run", f"http://{url}/openapi.json"]
+        command += ["--header", f"Authorization:Bearer {TOKEN}"]
+        command += ["--checks", "all", "--max-examples", "30", "--generation-deterministic"]
+        tested = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=30)
+        wait_until(lambda: len(datadivr.clients) == 3, "those who were disconnected to be back")
+        done.set()
+    for thread in threads:
+        thread.join(LIMIT)
+    assert tested.returncode == 0, tested.stdout + tested.stderr
+    assert ended()["admin"] > 0
+
+
 def test_openapi_describes_every_answer_and_the_token(api: httpx.Client) -> None:
     document = api.get("/openapi.json").json()
     assert document["components"]["securitySchemes"]["HTTPBearer"]["scheme"] == "bearer"
@@ -2473,8 +2505,9 @@ def test_openapi_describes_every_answer_and_the_token(api: httpx.Client) -> None
     post = document["paths"]["/messages"]["post"]
     assert post["security"] == [{"HTTPBearer": []}]
     assert set(post["responses"]) == {"202", "400", "401", "404", "413", "422", "503"}
-    body = post["requestBody"]["content"]["application/json"]["schema"]
-    assert set(body["properties"]) == {"event_name", "payload", "to", "message"}
+    body = post["requestBody"]["content"]["application/json"]
+    assert set(body["schema"]["properties"]) == {"event_name", "payload", "to", "message"}
+    assert api.post("/messages", json=body["example"]).status_code == 202
 
 
 # ---- Logging ---------------------------------------------------------------------------------------------------------
