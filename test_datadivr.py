@@ -411,6 +411,7 @@ def test_settings_have_the_documented_defaults() -> None:
         value = getattr(datadivr.read_settings({}), name.lower())
         assert value in meanings.get(default, [int(default) if default.isdigit() else default])
     assert {name.lower() for name, _ in table} == set(datadivr.Settings.model_fields)
+    assert re.findall(r"^\| `DATADIVR_(\w+)` \| (\w+) \|", README, re.MULTILINE) == table
 
 
 @pytest.mark.parametrize(
@@ -2640,11 +2641,6 @@ def test_run_as_a_program_it_is_the_module_that_handlers_import(tmp_path: Path) 
         assert process.stop() in (0, -signal.SIGTERM)
 
 
-def test_the_console_script_is_declared() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert project["scripts"] == {"datadivr": "datadivr:main"}
-
-
 def test_the_inline_metadata_agrees_with_the_project() -> None:
     block = re.search(r"^# /// script\n((?:#.*\n)+)# ///$", (ROOT / "datadivr.py").read_text(), re.MULTILINE)
     assert block is not None
@@ -3035,6 +3031,137 @@ def test_promtool_finds_no_fault_with_the_rules_of_the_readme(tmp_path: Path) ->
     command = [find("promtool"), "check", "rules", "--lint=all", "--lint-fatal", "rules.yml"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+# ---- The README ------------------------------------------------------------------------------------------------------
+
+
+def test_each_block_of_the_readme_has_a_language_that_is_tested() -> None:
+    assert set(re.findall(r"^```(.*)\n(?:.*\n)*?```$", README, re.MULTILINE)) == {
+        *("sh", "json", "python", "js"),  # below
+        *("yaml", "promql"),  # above
+    }
+
+
+def test_ci_runs_the_two_commands_at_the_top() -> None:
+    serve, test, _, _ = blocks("sh")
+    first, second = re.findall(r"grep -m1 '(.*)' README\.md", (ROOT / ".ci/run").read_text())
+    assert re.fullmatch(first, serve.strip())
+    assert re.fullmatch(second, test.strip())
+
+
+def test_the_benchmarks_are_there_to_be_run() -> None:
+    (options,) = re.findall(r"`\.venv/bin/pytest (-m \w+)`", README)
+    command = [sys.executable, "-m", "pytest", "--collect-only", "--quiet", *options.split()]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "test_fan_out_beside_the_tutorials_pattern" in listed
+
+
+@pytest.mark.parametrize(
+    "command", re.findall("`(.+?)`", re.findall(r"(?s)3\.11 or later\.(.*?) run it too", README)[0])
+)
+def test_each_way_to_run_it_serves(tmp_path: Path, command: str) -> None:
+    shutil.copy(ROOT / "datadivr.py", tmp_path)
+    name, *options = command.replace("0.0.0.0", "127.0.0.1").split()
+    program = find(name)
+    if name == "uv":
+        there = subprocess.run([program, *options, "--help"], cwd=tmp_path, capture_output=True).returncode == 0
+        need(there, "the packages that uv installs")
+    with Process(*options, "--port", "{port}", program=program, cwd=tmp_path) as process:
+        process.wait_until_up()
+        with dial(f"ws://127.0.0.1:{process.port}/ws") as client:
+            assert id_of(client)
+
+
+def test_the_message_of_the_readme_is_one_with_all_its_keys() -> None:
+    (block,) = blocks("json")
+    assert json.loads(datadivr.encode(WebSocketMessage.model_validate_json(block))) == json.loads(block)
+
+
+def test_the_handlers_of_the_readme_answer(tmp_path: Path) -> None:
+    application, _, _ = blocks("python")
+    (tmp_path / "application.py").write_text(application)
+    with Process(*SERVERS["uvicorn"], cwd=tmp_path) as process, contextlib.ExitStack() as stack:
+        process.wait_until_up()
+        one, other = (stack.enter_context(dial(f"ws://127.0.0.1:{process.port}/ws")) for _ in range(2))
+        assert hear(one) == json.loads(datadivr.encode(WebSocketMessage(event_name="came", payload=id_of(other))))
+        greeting = ask(one, "greet")
+        assert (greeting["event_name"], greeting["payload"]) == ("greeting", "hello")
+        assert httpx.post(f"http://127.0.0.1:{process.port}/news").json() == 2
+        assert [hear(client)["event_name"] for client in (one, other)] == ["news", "news"]
+
+
+def test_the_typed_handler_of_the_readme_answers_payloads_of_its_type_alone(tmp_path: Path) -> None:
+    _, application, _ = blocks("python")
+    (tmp_path / "application.py").write_text(application)
+    with Process(*SERVERS["uvicorn"], cwd=tmp_path) as process:
+        process.wait_until_up()
+        with dial(f"ws://127.0.0.1:{process.port}/ws") as client:
+            moved = ask(client, "move", payload={"x": 1, "y": 2})
+            assert (moved["event_name"], moved["payload"]) == ("moved", 3)
+            assert ask(client, "move", payload={"x": 1})["payload"] == {"code": "invalid_payload"}
+
+
+@pytest.mark.parametrize("alternative", [False, True])
+def test_the_host_of_the_readme_serves_clients_and_the_api(tmp_path: Path, alternative: bool) -> None:
+    _, _, host = blocks("python")
+    if alternative:
+        host, changed = re.subn(r"^host\..*# or: ", "", host, flags=re.MULTILINE)
+        assert changed == 1
+    (tmp_path / "project.py").write_text(host)
+    with Process("-m", "uvicorn", "project:host", "--port", "{port}", cwd=tmp_path) as process:
+        process.wait_until_up("/realtime/healthz")
+        with dial(f"ws://127.0.0.1:{process.port}/realtime/ws") as client:
+            url = f"http://127.0.0.1:{process.port}/realtime/clients/{id_of(client)}"
+            assert httpx.get(url, headers=ADMIN).status_code == 200
+
+
+def test_the_curl_commands_of_the_readme_do_what_it_says(live: Live, connect: Connect) -> None:
+    find("curl")
+    _, _, commands, _ = blocks("sh")
+    client, other = connect(), connect()
+    client_id = id_of(client)
+    for placeholder, value in {"TOKEN=...": f"TOKEN={TOKEN}", "8000": str(live.port), "CLIENT_ID": client_id}.items():
+        assert placeholder in commands
+        commands = commands.replace(placeholder, value)
+    answers = subprocess.run(["bash", "-e"], input=commands, capture_output=True, text=True, check=True).stdout
+    listed, described, announced, healthy = map(json.loads, answers.replace("}{", "}\n{").splitlines())
+    assert (listed["total"], listed["clients"][0]) == (2, described)
+    assert described["id"] == client_id
+    assert close_code(client) == 1008
+    assert announced == {"recipients": 1, "partial": False}
+    assert (hear(other)["message"], healthy) == ("Hello, all.", {"status": "ok"})
+
+
+def test_the_workers_of_the_readme_are_one_server(tmp_path: Path) -> None:
+    *_, commands = blocks("sh")
+    installs = r"\.venv/bin/pip install --quiet -e '\.\[(\w+)\]' && \.venv/bin/uvicorn"
+    (extra,) = re.findall(installs, commands)
+    assert extra in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    with RedisServer() as redis_server:
+        commands = re.sub(installs, f"exec {find('uvicorn')}", commands.strip())
+        commands = commands.replace("6379", str(redis_server.port)) + " --port {port}"
+        with Process("-ec", commands, program=find("bash"), TMPDIR=str(tmp_path)) as process:
+            wait_until(lambda: process.log.count("redis_joined") == 4, "four workers to join")
+            url, headers = f"http://127.0.0.1:{process.port}/clients", {"Authorization": "Bearer choose-one"}
+            assert httpx.get(url, headers=headers).json() == {"total": 0, "next": None, "partial": False, "clients": []}
+
+
+def test_a_page_with_the_javascript_of_the_readme_hears_messages_and_comes_back(live: Live) -> None:
+    (script,) = blocks("js")
+    with chromium() as browser, httpx.Client(base_url=f"http://127.0.0.1:{live.port}", headers=ADMIN) as api:
+        page = browser.new_page()
+        page.goto(f"{api.base_url}/healthz")
+        page.evaluate("window.heard = []; console.log = (...words) => heard.push(words.join(' '))")
+        page.add_script_tag(content=script)
+
+        def announce(payload: str) -> int:
+            return int(api.post("/messages", json={"event_name": "news", "payload": payload}).json()["recipients"])
+
+        for payload in ("first", "second"):
+            wait_until(functools.partial(announce, payload), "the page to connect")
+            page.wait_for_function("text => heard.at(-1) === text", arg=f"news {payload}", timeout=LIMIT * 1000)
+            assert api.delete(f"/clients/{next(iter(datadivr.clients))}").status_code == 204
 
 
 # ---- Benchmarks: `pytest -m benchmark` -------------------------------------------------------------------------------
