@@ -41,7 +41,9 @@ DATADIVR_LOG_FORMAT                  console     console or json
 
 import argparse
 import asyncio
+import base64
 import functools
+import hashlib
 import heapq
 import hmac
 import inspect
@@ -77,7 +79,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 from pydantic import BaseModel, BeforeValidator, Field, NonNegativeInt, PositiveInt, ValidationError
 from starlette.requests import ClientDisconnect
-from starlette.responses import PlainTextResponse
+from starlette.responses import HTMLResponse, PlainTextResponse
 from starlette.types import Message, Receive, Scope, Send
 from typing_extensions import TypeVar
 
@@ -1675,6 +1677,24 @@ async def _admit(websocket: WebSocket, _: Annotated[None, Depends(authorize_clie
 router.include_router(admin)
 
 
+def _allowed(tag: str) -> str:
+    """Return the source by which a Content-Security-Policy allows the one inline element of the console's page."""
+    text = CONSOLE.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+@router.get("/console", include_in_schema=False)
+@router.get("/console/", include_in_schema=False)
+async def get_console() -> HTMLResponse:
+    """Serve the console: a page without data, which asks for the admin token and uses nothing but this API."""
+    policy = (
+        f"default-src 'none'; script-src {_allowed('script')}; style-src {_allowed('style')}; img-src data:; "
+        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+        "require-trusted-types-for 'script'; trusted-types 'none'"
+    )
+    return HTMLResponse(CONSOLE, headers={"Content-Security-Policy": policy, "Cache-Control": "no-cache"})
+
+
 # ---- The application -------------------------------------------------------------------------------------------------
 
 
@@ -1716,6 +1736,209 @@ if __name__ in sys.modules:
     transport = messages = server = sys.modules[_name] = sys.modules[__name__]
     for _path in ("transport", "transport.messages", "transport.server"):
         sys.modules[f"{_name}.{_path}"] = sys.modules[__name__]
+
+
+CONSOLE = r"""<!doctype html><html lang="en"><meta charset="utf-8"><title>datadivr console</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">
+<style>
+:root { color-scheme: light dark; font: 15px/1.45 system-ui, sans-serif; color: var(--text); background: var(--page);
+  --page: light-dark(#f2f5f6, #0c1316); --card: light-dark(#fff, #141d21); --line: light-dark(#d8e1e4, #2a393f);
+  --edge: light-dark(#84959c, #62757d); --text: light-dark(#13232a, #e3ecef); --muted: light-dark(#4e626b, #9fb2ba);
+  --accent: light-dark(#0b6a73, #5ccdd4); --bad: light-dark(#b3261e, #ff9389); --good: light-dark(#1a7347, #62d29c) }
+* { box-sizing: border-box; margin: 0; background: none }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px } [tabindex="-1"] { outline: none }
+body { max-width: 1320px; margin: auto; padding: 0 16px 16px; overflow-wrap: anywhere } label { margin-top: 8px }
+[hidden], body:not(.nodes) .node, .signed #login, body:not(.signed) :is(#board, #out) { display: none !important }
+h1 { font-size: 18px; margin-right: auto; padding: 12px 0 } h2 { font-size: 15px } caption, label { font-weight: 700 }
+:is(h1, caption) span, small, figcaption, thead, td::before, tbody::after { color: var(--muted); font-weight: 400 }
+small, figcaption, label, thead, td::before, :is(td, header) button, .fault, #state { font-size: 13px }
+header, .bar { display: flex; flex-wrap: wrap; justify-content: space-between; align-items: center; gap: 6px 12px }
+#state::before { content: "\25cf\a0" / "" } [data-now=live] #state::before, #notice { color: var(--good) }
+#notice { width: 100% } #notice:not(:empty) { padding: 10px 16px; border: 1px solid; border-radius: 12px }
+[data-now=gone] #state::before, [data-now=gone] #notice, .fault { color: var(--bad) } label { display: block }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 16px; min-width: 0 }
+.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 320px), 1fr)); gap: 16px }
+.grid + * { margin-top: 16px } #board { margin-top: 10px } form .bar, nav, dialog > * + * { margin-top: 14px }
+figure p { font-size: 30px; font-weight: 600; line-height: 1.3 } tbody:empty::after { content: "None" }
+svg { width: 100%; height: 80px; overflow: visible; border: dashed var(--line); border-width: 1px 0 }
+path { fill: none; stroke: var(--accent); stroke-width: 2; stroke-linecap: round; vector-effect: non-scaling-stroke }
+input, textarea, button { font: inherit; color: inherit; border: 1px solid var(--edge); border-radius: 8px }
+input, textarea { display: block; width: 100%; padding: 7px 10px; margin: 4px 0 6px; font: 15px system-ui, sans-serif }
+button { padding: 5px 14px; cursor: pointer } :is(td, header) button { margin-left: 6px; padding: 3px 10px }
+.primary { background: var(--accent); border-color: var(--accent); color: var(--card); font-weight: 600 }
+[aria-disabled=true] { color: var(--muted); cursor: default } .danger, [aria-invalid=true] { border-color: var(--bad) }
+table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums } caption { text-align: left }
+th, td { text-align: right; padding: 7px 0 7px 14px; font-weight: 400; white-space: nowrap }
+tbody tr { border-top: 1px solid var(--line) } th:first-child { text-align: left; padding-left: 0; white-space: normal }
+th small { display: block; font-family: ui-monospace, monospace } #slowest button:first-child { display: none }
+#login, dialog { width: min(420px, 100% - 32px); margin: 10vh auto; color: inherit } #told { line-height: 2 }
+@media (max-width: 700px) {
+  .wide thead { position: absolute; clip-path: inset(50%) } .wide button { margin: 0 6px 0 0; padding: 6px 14px }
+  .wide tr { display: grid; grid-template-columns: 5fr 3fr 3fr 4fr; padding: 8px 0 }
+  .wide :is(th, td) { padding: 3px 0; text-align: left } .wide :is(th, td:last-child) { grid-column: 1 / -1 }
+  .wide td:not(:last-child)::before { content: attr(title) / ""; display: block } }
+</style><header><h1>datadivr <span>console</span></h1><p id="state"></p><button id="out">Sign out</button>
+  <p id="notice" role="status"></p></header>
+<main id="main" tabindex="-1"><form id="login" class="card"><h2>Sign in</h2>
+<label>Admin token <input id="token" type="password" autocomplete="off" required aria-describedby="token-fault"></label>
+  <p id="token-fault" class="fault" role="alert"></p><small>DATADIVR_ADMIN_TOKEN, or the one in the server's log</small>
+  <p class="bar"><button class="primary">Open the console</button></p></form>
+<div id="board"><div class="grid" id="charts"></div><div class="grid">
+  <section class="card"><table tabindex="-1"><caption>Errors</caption><thead><tr><th scope="col">Type
+    <th scope="col">Last 2 min<th scope="col">In all</thead><tbody id="errors"></table></section>
+  <section class="card"><table tabindex="-1"><caption>Slowest clients</caption><thead><tr><th scope="col">Client
+    <th scope="col">Unsent<th scope="col">Actions</thead><tbody id="slowest"></table></section>
+  <form id="announce" class="card"><h2>Announcement</h2>
+    <label>To <input id="to" value="all" required aria-describedby="to-fault to-hint"></label>
+    <p id="to-fault" class="fault" role="alert"></p><small id="to-hint">“all” or a client's id</small>
+    <label>Event name <input id="name" required></label><label>Message <input id="message"></label>
+    <label>Payload, in JSON <textarea id="payload" rows="2" aria-describedby="payload-fault"></textarea></label>
+    <p id="payload-fault" class="fault" role="alert"></p>
+    <p class="bar"><button class="primary">Send</button><span id="sent" role="status"></span></p></form></div>
+<section class="card"><p id="told" role="status"></p><p id="partial" class="fault" hidden>Some nodes did not answer.</p>
+    <small class="node">Charts and errors are those of the one node that answers here.</small>
+    <table class="wide" tabindex="-1"><caption>Clients <span id="total"></span></caption>
+      <thead><tr><th scope="col">Client<th scope="col" class="node">Node<th scope="col">Since<th scope="col">In
+      <th scope="col">Out<th scope="col">Unsent<th scope="col">Actions</thead><tbody id="clients"></table>
+    <nav id="pages" class="bar" aria-label="Pages of clients"><button id="previous">Previous</button>
+      <span id="place"></span><button id="next">Next</button></nav></section></div></main>
+<dialog id="ask" class="card" aria-labelledby="question"><h2 id="question"></h2>
+  <p>It gets what was already sent to it, then its connection is closed with code 1008. It may connect again.</p>
+  <form method="dialog" class="bar"><button>Cancel</button><button class="danger" value="1">Disconnect</button></form>
+</dialog><template id="chart"><figure class="card"><h2></h2><p></p><small></small><svg role="img" viewBox="0 0 120 40"
+  preserveAspectRatio="none"><path/></svg><figcaption class="bar">2 min ago<span>now</span></figcaption></figure>
+</template><script>
+const ui = Object.fromEntries(Array.from(document.querySelectorAll("[id]"), (node) => [node.id, node]));
+const base = new URL(location.pathname.endsWith("/") ? ".." : ".", location), { dataset, classList } = document.body;
+let token = sessionStorage.getItem("datadivr"), samples = [], clients = [], page = 0, last = {}, due = 0, running;
+const el = (tag, properties) => Object.assign(document.createElement(tag), properties);
+const say = (node, text) => { if (node.textContent !== text) node.textContent = text; };
+const show = (now, label, notice) => { dataset.now = now; say(ui.state, label); say(ui.notice, notice); };
+const fault = (id, text) => { say(ui[`${id}-fault`], text); ui[id].ariaInvalid = !!text; text && ui[id].focus(); };
+const number = (n) => n.toLocaleString("en", n < 1e5 ? { maximumFractionDigits: +(n < 100) } : { notation: "compact" });
+const bytes = (n) => n < 1e3 ? `${n} B` : n < 1e6 ? `${(n / 1e3).toFixed(1)} kB` : `${(n / 1e6).toFixed(1)} MB`;
+const time = (d) => d.toLocaleString([], { timeStyle: "medium", dateStyle: Date.now() - d > 8e7 ? "short" : void 0 });
+async function api(path, options) {
+  const own = token, headers = { Authorization: `Bearer ${own}` }, signal = AbortSignal.timeout(5000);
+  const answer = await fetch(new URL(path, base), { ...options, headers, signal, cache: "no-store" }).catch(() => null);
+  const body = await answer?.text().catch(() => null);
+  if (own === token && answer?.status === 401) leave("The server refuses this token.");
+  if (own !== token || typeof body !== "string") throw Error(token ? "The server does not answer." : "Signed out.");
+  const json = /json/.test(answer.headers.get("content-type")) && JSON.parse(body || null);
+  if (answer.ok) return json || body;
+  const details = [json.detail ?? `The server answers ${answer.status}.`].flat();
+  throw Error(details.map((d) => d.msg ? `${d.loc.at(-1)}: ${d.msg}` : d).join("; "), { cause: answer.status });
+}
+function leave(text) {
+  [token, samples, page, last, due] = ["", [], 0, {}, 0];
+  sessionStorage.removeItem("datadivr"); classList.remove("signed"); ui.ask.close();
+  show("out", "Signed out", ""); fault("token", text); ui.token.focus();
+}
+async function run() { // one request after the other, for as long as somebody is signed in and looks
+  if (running) return;
+  for (running = true; token && !document.hidden; await new Promise((done) => setTimeout(done, 1000))) try {
+    const start = performance.now(), before = dataset.now;
+    if (start > due) due = start + 2000 + await walk();
+    await measure();
+    if (before === "live") continue;
+    show("live", "Live", before === "gone" ? "The server is back." : "");
+    setTimeout(say, 5000, ui.notice, ""); sessionStorage.setItem("datadivr", token);
+    if (!classList.contains("signed")) ui.main.focus(classList.add("signed"));
+  } catch ({ message }) {
+    if (token) show("gone", "No answer", `${message} Trying again every second.${last.seen ?? ""}`); due = 0;
+  }
+  running = false;
+}
+function fill(id, items, texts) { // rows are changed in place: the focus and the place on the page stay where they are
+  const body = ui[id], focused = document.activeElement, old = new Map(Array.from(body.rows, (row) => [row.key, row]));
+  const rows = items.map((item) => old.get(item.id) ?? makeRow(body.parentNode, item));
+  for (const row of old.values()) if (!rows.includes(row)) row.remove();
+  rows.forEach((row, index) => {
+    if (body.rows[index] !== row) body.insertBefore(row, body.rows[index]);
+    texts(items[index]).forEach((text, cell) => say(row.cells[cell + 1], text));
+  });
+  const focus = focused.isConnected ? focused : body.parentNode;
+  if (document.activeElement !== focus) focus.focus({ preventScroll: true });
+}
+function makeRow(table, { id, address }) {
+  const row = el("tr", { key: id }), head = el("th", { scope: "row", textContent: address ?? id });
+  const cells = Array.from(table.rows[0].cells, ({ className, innerText: title }) => el("td", { className, title }));
+  row.append(head, ...cells.slice(1));
+  if (address === undefined) return row;
+  const button = (text, onclick) => el("button", { onclick, textContent: text, ariaLabel: `${text} ${address}` });
+  head.append(el("small", { textContent: id }));
+  row.lastChild.append(button("Message", () => { ui.to.value = id; ui.name.focus(); }), button("Disconnect", () => {
+    say(ui.question, `Disconnect ${address}?`);
+    Object.assign(ui.ask, { returnValue: "", client: { id, address } }).showModal();
+  }));
+  return row;
+}
+function turn(to) {
+  const count = Math.ceil(clients.length / 20) || 1; page = Math.max(0, Math.min(to, count - 1));
+  fill("clients", clients.slice(20 * page, 20 * page + 20), (c) => [c.node ?? "", time(new Date(c.connected_at)),
+    number(c.messages_received), number(c.messages_sent), bytes(c.buffered_bytes)]);
+  say(ui.place, `Page ${page + 1} of ${count}`);
+  [ui.pages.hidden, ui.previous.ariaDisabled, ui.next.ariaDisabled] = [count === 1, page === 0, page === count - 1];
+}
+async function walk() {
+  const answers = [{ next: "", clients: [] }];
+  while (answers.at(-1).next !== null) answers.push(await api(`clients?limit=1000&after=${answers.at(-1).next}`));
+  clients = answers.flatMap((answer) => answer.clients);
+  const behind = clients.filter((c) => c.buffered_bytes).sort((a, b) => b.buffered_bytes - a.buffered_bytes);
+  fill("slowest", behind.slice(0, 5), (c) => [bytes(c.buffered_bytes)]);
+  classList.toggle("nodes", new Set(clients.map((c) => c.node)).size > 1);
+  ui.partial.hidden = !answers.some((answer) => answer.partial);
+  say(ui.total, number(clients.length)); turn(page); return clients.length;
+}
+async function measure() {
+  const now = {}, errors = {}, text = await api("metrics"), at = performance.now() / 1000;
+  for (const [, name, type, value] of text.matchAll(/^datadivr_(\w+)(?:\{type="((?:[^"\\]|\\.)*)"\})? (\S+)/gm))
+    if (name === "errors_total") errors[JSON.parse(`"${type}"`)] = +value; else now[name] = +value;
+  const rate = (name) => now[name] >= last[name] ? (now[name] - last[name]) / (at - last.at) : null;
+  samples.push({ at, errors, values: [now.clients, rate("messages_received_total"), rate("messages_sent_total")] });
+  samples = samples.filter((sample) => sample.at > at - 120);
+  last = { ...now, at, seen: ` The figures are from ${time(new Date())}.` };
+  charts.forEach((draw) => draw(at));
+  const types = Object.keys(errors).filter((type) => errors[type]), before = samples[0].errors;
+  const recent = (type) => errors[type] - (before[type] <= errors[type] ? before[type] : 0);
+  fill("errors", types.map((id) => ({ id })), ({ id }) => [number(recent(id)), number(errors[id])]);
+}
+const charts = ["Clients connected", "Messages in", "Deliveries out"].map((title, index) => {
+  const card = ui.chart.content.firstChild.cloneNode(true), [heading, figure, top, svg] = card.children;
+  const unit = index ? "/s" : ""; heading.append(title); ui.charts.append(card);
+  return (at) => {
+    const values = samples.map((sample) => sample.values[index]), most = Math.max(0, ...values), now = values.at(-1);
+    const ten = 10 ** Math.floor(Math.log10(most || 1)), limit = ten * [1, 2, 5, 10, 20].find((n) => n * ten > most);
+    const path = samples.map((sample, i) => values[i] === null ? "" :
+      `${values[i - 1] == null ? "M" : "L"}${120 + sample.at - at} ${40 - 40 * values[i] / limit}h0`);
+    svg.firstChild.setAttribute("d", path.join(""));
+    say(figure, now === null ? "-" : number(now) + unit); say(top, number(limit) + unit);
+    svg.ariaLabel = `${title}: ${figure.textContent} now, at most ${number(most)}${unit} in the last two minutes`;
+  };
+});
+ui.ask.onclose = () => ui.ask.returnValue && api(`clients/${ui.ask.client.id}`, { method: "DELETE" })
+  .then(() => `${ui.ask.client.address} is disconnected.`, (error) => error.message)
+  .then((text) => say(ui.told, text, due = 0));
+ui.announce.onsubmit = (event) => {
+  const [to, event_name, message, payload] = [ui.to, ui.name, ui.message, ui.payload].map(({ value }) => value.trim());
+  event.preventDefault(); fault("payload", ""); fault("to", ""); say(ui.sent, "");
+  try { JSON.parse(payload || "null"); } catch (error) { return fault("payload", `Not JSON: ${error.message}`); }
+  // The payload goes out as it was typed, because JavaScript would round large numbers.
+  const body = `{"payload":${payload || null},` + JSON.stringify({ to, event_name, message: message || null }).slice(1);
+  api("messages", { method: "POST", body }).then(
+    ({ recipients: n, partial }) =>
+      say(ui.sent, `“${event_name}” reached ${n}${partial ? " or more" : ""} client${n === 1 ? "" : "s"}.`),
+    ({ message, cause }) => cause === 404 ? fault("to", message) : say(ui.sent, message));
+};
+ui.login.onsubmit = (event) => {
+  event.preventDefault(); leave(""); token = ui.token.value.trim();
+  if (/[^!-~]/.test(token)) leave("The server refuses this token."); else run(show("wait", "Connecting", ""));
+};
+[ui.out.onclick, document.onvisibilitychange] = [() => leave(""), run];
+[ui.previous.onclick, ui.next.onclick] = [() => turn(page - 1), () => turn(page + 1)];
+if (token) run(classList.add("signed")); else leave("");
+</script>
+"""
 
 
 def main() -> None:

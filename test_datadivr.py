@@ -34,7 +34,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Self, assert_type
+from typing import Any, Literal, Self, assert_type
 
 import fastapi
 import httpx2 as httpx
@@ -47,7 +47,8 @@ from fastapi.routing import APIWebSocketRoute
 from fastapi.testclient import TestClient
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, ViewportSize, expect, sync_playwright
+from playwright.sync_api import Error as PlaywrightError
 from prometheus_client.mmap_dict import MmapedDict
 from pydantic import BaseModel
 from pydantic_core import PydanticSerializationError
@@ -2896,6 +2897,373 @@ def test_compression_switched_off_leaves_the_connections_own_alone(
     assert client.framing is datadivr.frame
 
 
+# ---- The console -----------------------------------------------------------------------------------------------------
+
+expect.set_options(timeout=LIMIT * 1000)
+IMAGE = "<img src=x onerror=document.title='run'>"
+
+
+HASTE = """
+    const wait = setTimeout, now = performance.now.bind(performance);
+    window.setTimeout = (job, delay, ...values) => wait(job, delay > 1000 ? delay : delay / 5, ...values);
+    performance.now = () => 5 * now();
+"""
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as running:
+        yield running
+
+
+@pytest.fixture
+def page(browser: Browser) -> Iterator[Page]:
+    """Open a page that asks five times a second; it fetches nothing from elsewhere and raises no errors."""
+    page = browser.new_page()
+    page.add_init_script(HASTE)
+    requests: list[str] = []
+    complaints: list[str] = []
+    page.on("request", lambda request: requests.append(request.url))
+    page.on("pageerror", lambda raised: complaints.append(str(raised)))
+    page.on("console", lambda message: complaints.append(message.text))
+    yield page
+    assert {httpx.URL(url).netloc for url in requests} == {httpx.URL(page.url).netloc}
+    assert [text for text in complaints if not text.startswith("Failed to load resource")] == []
+    page.close()
+
+
+def open_console(page: Page, port: int, path: str = "/console", token: str = TOKEN) -> None:
+    page.goto(f"http://127.0.0.1:{port}{path}")
+    page.get_by_label("Admin token").fill(token)
+    page.get_by_label("Admin token").press("Enter")
+
+
+def rows(page: Page, table: str = "Clients") -> Locator:
+    return page.get_by_role("table", name=re.compile(f"^{table}")).locator("tbody tr")
+
+
+def test_the_console_is_short() -> None:
+    lines = datadivr.CONSOLE.splitlines()
+    assert len(lines) <= 200
+    assert max(map(len, lines)) <= 120
+
+
+def test_the_console_shows_the_clients(page: Page, live: Live, connect: Connect) -> None:
+    datadivr.clients_gauge.set(0)  # other tests have clients that it never counted
+    clients = [connect(), connect()]
+    ids = [id_of(client) for client in clients]
+    open_console(page, live.port)
+    expect(rows(page)).to_have_count(2)
+    for row, client, client_id in zip(rows(page).all(), clients, ids, strict=True):
+        host, port = client.local_address
+        expect(row.get_by_role("rowheader")).to_have_text(f"{host}:{port}{client_id}")
+        expect(row.get_by_role("cell")).to_have_text([re.compile(r"\d"), "1", "1", "0 B", "MessageDisconnect"])
+    expect(page.get_by_role("img", name="Clients connected: 2 now")).to_be_visible()
+    expect(page.get_by_text("Live", exact=True)).to_be_visible()
+
+
+def test_the_console_draws_rates(page: Page, live: Live, connect: Connect) -> None:
+    client = connect()
+    open_console(page, live.port)
+    chart = page.get_by_role("figure").filter(has_text="Messages in")
+
+    def draws() -> bool:
+        ask(client, "m", to="all")
+        return "L" in (chart.locator("path").get_attribute("d") or "")
+
+    wait_until(draws, "a line")
+    assert re.fullmatch(r"[1-9]\d*(\.\d)?/s", chart.locator("p").inner_text())
+
+
+COUNTS = "datadivr_clients 0\ndatadivr_messages_received_total {0}\ndatadivr_messages_sent_total {0}\n"
+
+
+def test_the_console_takes_counters_that_go_down_for_a_restart(page: Page, live: Live) -> None:
+    answers = [900, 10]
+    page.route("**/metrics", lambda route: route.fulfill(body=COUNTS.format(answers.pop(0) if answers[1:] else 10)))
+    open_console(page, live.port)
+    figure = page.get_by_role("figure").filter(has_text="Messages in").locator("p")
+    figures: list[str] = []
+
+    def settles() -> bool:
+        figures.append(figure.inner_text() if figure.is_visible() else "-")
+        return figures[-1] == "0/s"
+
+    wait_until(settles, "a rate")
+    assert set(figures) <= {"-", "", "0/s"}
+
+
+def test_the_console_lists_errors_by_type(page: Page, live: Live) -> None:
+    errors = 'datadivr_errors_total{type="a\\"b\\\\c<b>"} 3.0\ndatadivr_errors_total{type="never"} 0.0\n'
+    page.route("**/metrics", lambda route: route.fulfill(body=errors + COUNTS.format(0)))
+    open_console(page, live.port)
+    expect(rows(page, "Errors")).to_have_count(1)
+    expect(rows(page, "Errors").get_by_role("rowheader")).to_have_text('a"b\\c<b>')
+    expect(rows(page, "Errors").get_by_role("cell")).to_have_text(["0", "3"])
+
+
+def test_the_console_lists_the_slowest_clients(page: Page, live: Live, connect: Connect) -> None:
+    connect()
+    with raw_client(live.port, buffer=4096) as stalled:
+        client_id = own_id(stalled)
+        stall(live.port, client_id)
+        open_console(page, live.port)
+        expect(rows(page, "Slowest clients")).to_have_count(1)
+        expect(rows(page, "Slowest clients")).to_contain_text(re.compile(rf"{client_id}\d.* [kM]B"))
+    wait_until(lambda: len(datadivr.clients) == 1, "its end")
+
+
+def test_the_console_shows_nodes_where_there_are_several(page: Page, live: Live) -> None:
+    client = {"connected_at": "2026-01-01T00:00:00Z", "messages_received": 0, "messages_sent": 0, "buffered_bytes": 0}
+    clients = [{**client, "id": name * 8, "address": f"{name}:1", "node": name * 8} for name in "ab"]
+    answer = {"total": 2, "next": None, "partial": True, "clients": clients}
+    page.route("**/clients?*", lambda route: route.fulfill(json=answer))
+    open_console(page, live.port)
+    expect(page.get_by_role("columnheader", name="Node")).to_be_visible()
+    expect(rows(page).first.get_by_role("cell").first).to_have_text("aaaaaaaa")
+    expect(page.get_by_text("Some nodes did not answer")).to_be_visible()
+
+
+@pytest.mark.parametrize("token", ["wrong", "tökén"])
+def test_the_console_says_that_a_token_is_wrong(page: Page, live: Live, token: str) -> None:
+    open_console(page, live.port, token=token)
+    expect(page.get_by_role("alert").filter(has_text="The server refuses this token.")).to_be_visible()
+    expect(page.get_by_label("Admin token")).to_be_focused()
+    assert page.evaluate("sessionStorage.length") == 0
+
+
+def test_the_console_keeps_the_token_until_one_signs_out(page: Page, live: Live) -> None:
+    open_console(page, live.port)
+    expect(page.get_by_text("Live", exact=True)).to_be_visible()
+    page.reload()
+    expect(page.get_by_text("Live", exact=True)).to_be_visible()
+    page.get_by_role("button", name="Sign out").click()
+    page.reload()
+    expect(page.get_by_label("Admin token")).to_be_visible()
+
+
+def test_the_console_asks_for_the_token_again_once_it_is_refused(
+    page: Page, live: Live, configure: Callable[..., None]
+) -> None:
+    open_console(page, live.port)
+    expect(page.get_by_text("Live", exact=True)).to_be_visible()
+    configure(admin_token="another")
+    datadivr.admin_token.cache_clear()
+    expect(page.get_by_role("alert").filter(has_text="The server refuses this token.")).to_be_visible()
+
+
+def test_an_announcement_from_the_console_reaches_all(page: Page, live: Live, connect: Connect) -> None:
+    clients = [connect(), connect()]
+    open_console(page, live.port)
+    page.get_by_label("Event name").fill(IMAGE)
+    page.get_by_role("textbox", name="Message", exact=True).fill("Hello, all.")
+    page.get_by_label("Payload").fill('{"n": 12345678901234567890}')
+    page.get_by_role("button", name="Send").click()
+    expect(page.get_by_text("reached")).to_have_text(f"“{IMAGE}” reached 2 clients.")
+    for client in clients:
+        assert hear(client) == {
+            "event_name": IMAGE,
+            "payload": {"n": 12345678901234567890},
+            "to": "all",
+            "from_id": "server",
+            "message": "Hello, all.",
+        }
+    assert page.title() == "datadivr console"
+
+
+def test_an_announcement_from_the_console_reaches_one(page: Page, live: Live, connect: Connect) -> None:
+    clients = [connect(), connect()]
+    open_console(page, live.port)
+    rows(page).nth(1).get_by_role("button", name="Message").click()
+    page.keyboard.type("hint")
+    page.keyboard.press("Enter")
+    expect(page.get_by_text("reached")).to_have_text("“hint” reached 1 client.")
+    assert hear(clients[1])["event_name"] == "hint"
+    assert ask(clients[0], "whoami")["event_name"] == "whoami"
+
+
+@pytest.mark.parametrize(
+    ("field", "text", "fault"),
+    [
+        ("Payload, in JSON", "{oops", "Not JSON"),
+        ("To", "nobody", "No client with the id in `to` is connected."),
+        ("Event name", "$connect", "event_name: String should match pattern"),
+    ],
+)
+def test_the_console_says_what_is_wrong_with_an_announcement(
+    page: Page, live: Live, field: str, text: str, fault: str
+) -> None:
+    open_console(page, live.port)
+    page.get_by_label("Event name").fill("news")
+    page.get_by_label(field, exact=True).fill(text)
+    page.get_by_role("button", name="Send").click()
+    expect(page.get_by_text(fault)).to_be_visible()
+
+
+def test_the_console_asks_before_it_disconnects(page: Page, live: Live, connect: Connect) -> None:
+    stays, goes = connect(), connect()
+    open_console(page, live.port)
+    button = rows(page).nth(1).get_by_role("button", name="Disconnect")
+    button.click()
+    page.get_by_role("dialog").get_by_role("button", name="Cancel").click()
+    assert ask(goes, "whoami")["event_name"] == "whoami"
+    button.click()
+    page.get_by_role("dialog").get_by_role("button", name="Disconnect").click()
+    assert close_code(goes) == 1008
+    expect(rows(page)).to_have_count(1)
+    assert id_of(stays) in rows(page).inner_text()
+
+
+def test_the_console_recovers_when_the_server_is_back(page: Page) -> None:
+    command = ["-m", "uvicorn", "datadivr:app", "--port", "{port}"]
+    with Process(*command) as first:
+        first.wait_until_up()
+        open_console(page, first.port)
+        expect(page.get_by_text("Live", exact=True)).to_be_visible()
+    expect(page.get_by_text("The server does not answer. Trying again every second.")).to_be_visible()
+    with Process(*command, port=first.port) as second:
+        expect(page.get_by_text("The server is back.")).to_be_visible()
+        with dial(f"ws://127.0.0.1:{second.port}/ws") as client:
+            expect(rows(page)).to_contain_text(id_of(client))
+
+
+@pytest.mark.parametrize("status", [502, 503])
+def test_the_console_says_what_a_proxy_answers(page: Page, live: Live, status: int) -> None:
+    page.route("**/metrics", lambda route: route.fulfill(status=status, body=IMAGE, content_type="text/html"))
+    open_console(page, live.port)
+    expect(page.get_by_text(f"The server answers {status}. Trying again every second.")).to_be_visible()
+
+
+def test_what_a_client_or_the_server_says_is_shown_as_text(page: Page, live: Live, connect: Connect) -> None:
+    connect(additional_headers={"X-Forwarded-For": IMAGE})
+    page.route("**/messages", lambda route: route.fulfill(status=404, json={"detail": IMAGE}))
+    open_console(page, live.port)
+    expect(rows(page).get_by_role("rowheader")).to_contain_text(IMAGE)
+    page.get_by_label("Event name").fill("news")
+    page.get_by_role("button", name="Send").click()
+    expect(page.get_by_role("alert").filter(has_text=IMAGE)).to_be_visible()
+    assert (page.locator("img").count(), page.title()) == (0, "datadivr console")
+
+
+def test_the_console_pages(page: Page, live: Live) -> None:
+    with contextlib.ExitStack() as stack:
+        for _ in range(45):
+            stack.enter_context(raw_client(live.port))
+        wait_until(lambda: len(datadivr.clients) == 45, "the clients")
+        ids = sorted(datadivr.clients, key=lambda client_id: (datadivr.clients[client_id].connected_us, client_id))
+        open_console(page, live.port)
+        shown = []
+        for number in (1, 2, 3):
+            expect(page.get_by_text(f"Page {number} of 3")).to_be_visible()
+            shown += rows(page).locator("small").all_inner_texts()
+            if number < 3:
+                page.get_by_role("button", name="Next").click()
+        assert shown == ids
+        page.get_by_role("button", name="Previous").click()
+        expect(page.get_by_text("Page 2 of 3")).to_be_visible()
+    wait_until(lambda: not datadivr.clients, "their end")
+    expect(page.get_by_text("Page 2 of 3")).to_be_hidden()
+
+
+def test_the_console_works_by_keyboard(page: Page, live: Live, connect: Connect) -> None:
+    client = connect()
+    page.goto(f"http://127.0.0.1:{live.port}/console")
+    page.keyboard.type(TOKEN)
+    page.keyboard.press("Enter")
+    expect(rows(page)).to_have_count(1)
+    button = rows(page).get_by_role("button", name="Disconnect")
+    for _ in range(20):
+        page.keyboard.press("Tab")
+        if button.evaluate("(button) => button === document.activeElement"):
+            break
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("dialog").get_by_role("button", name="Cancel")).to_be_focused()
+    page.keyboard.press("Escape")
+    expect(button).to_be_focused()
+    page.keyboard.press("Enter")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    assert close_code(client) == 1008
+
+
+def test_the_focus_stays_while_the_table_changes(page: Page, live: Live, connect: Connect) -> None:
+    clients = [connect() for _ in range(3)]
+    open_console(page, live.port)
+    expect(rows(page)).to_have_count(3)
+    button = rows(page).nth(1).get_by_role("button", name="Message").element_handle()
+    assert button is not None
+    button.focus()
+    clients[0].close()
+    connect()
+    connect()
+    expect(rows(page)).to_have_count(4)
+    assert button.evaluate("(button) => button === document.activeElement")
+    clients[1].close()
+    expect(page.get_by_role("table", name=re.compile("^Clients"))).to_be_focused()
+
+
+def test_the_consoles_policy_leaves_no_way_to_run_text(browser: Browser, live: Live) -> None:
+    policy = httpx.get(f"http://127.0.0.1:{live.port}/console").headers["content-security-policy"]
+    assert "'unsafe-" not in policy
+    assert {"default-src 'none'", "connect-src 'self'", "frame-ancestors 'none'"} <= set(policy.split("; "))
+    with browser.new_page() as page:
+        page.goto(f"http://127.0.0.1:{live.port}/console")
+        with pytest.raises(PlaywrightError, match="TrustedHTML"):
+            page.evaluate("document.body.innerHTML = '<b>bold</b>'")
+
+
+@pytest.mark.parametrize("path", ["/console/", "/realtime/console", "/realtime/console/", "/mounted/console"])
+def test_the_console_works_under_any_path(page: Page, registry: None, path: str) -> None:
+    host = fastapi.FastAPI()
+    host.include_router(datadivr.router)
+    host.include_router(datadivr.router, prefix="/realtime")
+    host.mount("/mounted", datadivr.app)
+    with Live(host) as live:
+        open_console(page, live.port, path)
+        expect(page.get_by_text("Live", exact=True)).to_be_visible()
+
+
+@pytest.mark.parametrize("width", [390, 1440])
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_axe_finds_nothing(
+    browser: Browser, live: Live, connect: Connect, theme: Literal["light", "dark"], width: int
+) -> None:
+    folders = map(Path, os.environ.get("NODE_PATH", "").split(os.pathsep))
+    found = [file for folder in folders if (file := folder / "axe-core" / "axe.min.js").exists()]
+    need(found, "axe-core")
+    viewport: ViewportSize = {"width": width, "height": 900}
+    ask(connect(), "m", to="nobody")
+    with (
+        raw_client(live.port, buffer=4096) as stalled,
+        browser.new_context(color_scheme=theme, viewport=viewport, bypass_csp=True) as context,
+    ):
+        stall(live.port, own_id(stalled))
+        page = context.new_page()
+        page.add_init_script(HASTE)
+
+        def violations() -> list[str]:
+            run = f"() => {{ {found[0].read_text()}; return axe.run({{ resultTypes: ['violations'] }}); }}"
+            result = page.evaluate(run)
+            return [f"{broken['id']}: {node['html']}" for broken in result["violations"] for node in broken["nodes"]]
+
+        open_console(page, live.port, token="wrong")
+        expect(page.get_by_text("refuses")).to_be_visible()
+        assert violations() == []
+        open_console(page, live.port)
+        expect(rows(page, "Slowest clients")).to_have_count(1)
+        page.get_by_label("Event name").fill("news")
+        page.get_by_label("Payload").fill("{oops")
+        page.get_by_role("button", name="Send").click()
+        assert page.evaluate("document.documentElement.scrollWidth") == width
+        assert violations() == []
+        rows(page).first.get_by_role("button", name="Disconnect").click()
+        assert violations() == []
+        page.route("**/*", lambda route: route.abort())
+        expect(page.get_by_text("does not answer")).to_be_visible()
+        assert violations() == []
+    wait_until(lambda: len(datadivr.clients) == 1, "its end")
+
+
 # ---- Prometheus ------------------------------------------------------------------------------------------------------
 
 
@@ -3159,7 +3527,7 @@ TUTORIAL = '''
     """The pattern that FastAPI tutorials teach: one awaited send_json per client."""
 
     import uuid
-    from typing import Any
+    from typing import Any, Literal
 
     from fastapi import FastAPI, WebSocket, WebSocketDisconnect
     from pydantic import BaseModel
