@@ -1540,11 +1540,12 @@ async def lifespan(_: FastAPI) -> AsyncIterator[None]:
     """At the start log the admin token if one was made up, and find out whether Redis is there; leave it at the end."""
     admin_token()
     link = join()
-    if link:
-        await link.tried.wait()
+    if link is None or link.loop is not asyncio.get_running_loop():
+        yield
+        return
+    await link.tried.wait()
     yield
-    if link and link.loop is asyncio.get_running_loop():
-        await link.stop()
+    await link.stop()
 
 
 router = APIRouter(lifespan=lifespan)
@@ -1814,7 +1815,7 @@ let token = sessionStorage.getItem("datadivr"), samples = [], clients = [], page
 const el = (tag, properties) => Object.assign(document.createElement(tag), properties);
 const say = (node, text) => { if (node.textContent !== text) node.textContent = text; };
 const show = (now, label, notice) => { dataset.now = now; say(ui.state, label); say(ui.notice, notice); };
-const fault = (id, text) => { say(ui[`${id}-fault`], text); ui[id].ariaInvalid = !!text; text && ui[id].focus(); };
+const fault = (id, text) => { say(ui[`${id}-fault`], text); ui[id].ariaInvalid = !!text; if (text) ui[id].focus(); };
 const number = (n) => n.toLocaleString("en", n < 1e5 ? { maximumFractionDigits: +(n < 100) } : { notation: "compact" });
 const bytes = (n) => n < 1e3 ? `${n} B` : n < 1e6 ? `${(n / 1e3).toFixed(1)} kB` : `${(n / 1e6).toFixed(1)} MB`;
 const time = (d) => d.toLocaleString([], { timeStyle: "medium", dateStyle: Date.now() - d > 8e7 ? "short" : void 0 });
@@ -1843,7 +1844,7 @@ async function run() { // one request after the other, for as long as somebody i
     if (before === "live") continue;
     show("live", "Live", before === "gone" ? "The server is back." : "");
     setTimeout(say, 5000, ui.notice, ""); sessionStorage.setItem("datadivr", token);
-    if (!classList.contains("signed")) ui.main.focus(classList.add("signed"));
+    if (!classList.contains("signed")) { classList.add("signed"); ui.main.focus(); }
   } catch ({ message }) {
     if (token) show("gone", "No answer", `${message} Trying again every second.${last.seen ?? ""}`); due = 0;
   }
@@ -1918,7 +1919,7 @@ const charts = ["Clients connected", "Messages in", "Deliveries out"].map((title
 });
 ui.ask.onclose = () => ui.ask.returnValue && api(`clients/${ui.ask.client.id}`, { method: "DELETE" })
   .then(() => `${ui.ask.client.address} is disconnected.`, (error) => error.message)
-  .then((text) => say(ui.told, text, due = 0));
+  .then((text) => { due = 0; say(ui.told, text); });
 ui.announce.onsubmit = (event) => {
   const [to, event_name, message, payload] = [ui.to, ui.name, ui.message, ui.payload].map(({ value }) => value.trim());
   event.preventDefault(); fault("payload", ""); fault("to", ""); say(ui.sent, "");
@@ -1932,11 +1933,11 @@ ui.announce.onsubmit = (event) => {
 };
 ui.login.onsubmit = (event) => {
   event.preventDefault(); leave(""); token = ui.token.value.trim();
-  if (/[^!-~]/.test(token)) leave("The server refuses this token."); else run(show("wait", "Connecting", ""));
+  if (/[^!-~]/.test(token)) leave("The server refuses this token."); else { show("wait", "Connecting", ""); run(); }
 };
-[ui.out.onclick, document.onvisibilitychange] = [() => leave(""), run];
-[ui.previous.onclick, ui.next.onclick] = [() => turn(page - 1), () => turn(page + 1)];
-if (token) run(classList.add("signed")); else leave("");
+ui.out.onclick = () => leave(""); document.onvisibilitychange = run;
+ui.previous.onclick = () => turn(page - 1); ui.next.onclick = () => turn(page + 1);
+if (token) { classList.add("signed"); run(); } else leave("");
 </script>
 """
 
