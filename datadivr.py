@@ -1739,6 +1739,23 @@ if __name__ in sys.modules:
         sys.modules[f"{_name}.{_path}"] = sys.modules[__name__]
 
 
+def main() -> None:
+    """Run the server: `python datadivr.py [--host HOST] [--port PORT]`."""
+    import uvicorn
+
+    parser = argparse.ArgumentParser(description="A WebSocket message server with an HTTP admin API.")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8765)
+    options = parser.parse_args()
+    uvicorn.run(
+        app,
+        host=options.host,
+        port=options.port,
+        ws_max_size=settings.max_message_bytes,
+        timeout_graceful_shutdown=5,
+    )
+
+
 CONSOLE = r"""<!doctype html><html lang="en"><meta charset="utf-8"><title>datadivr console</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">
 <style>
@@ -1940,24 +1957,6 @@ ui.previous.onclick = () => turn(page - 1); ui.next.onclick = () => turn(page + 
 if (token) { classList.add("signed"); run(); } else leave("");
 </script>
 """
-
-
-def main() -> None:
-    """Run the server: `python datadivr.py [--host HOST] [--port PORT]`."""
-    import uvicorn
-
-    parser = argparse.ArgumentParser(description="A WebSocket message server with an HTTP admin API.")
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=8765)
-    options = parser.parse_args()
-    uvicorn.run(
-        app,
-        host=options.host,
-        port=options.port,
-        ws_max_size=settings.max_message_bytes,
-        timeout_graceful_shutdown=5,
-    )
-
 
 if __name__ == "__main__":
     main()
