@@ -1763,7 +1763,7 @@ CONSOLE = r"""<!doctype html><html lang="en"><meta charset="utf-8"><title>datadi
   --page: light-dark(#f2f5f6, #0c1316); --card: light-dark(#fff, #141d21); --line: light-dark(#d8e1e4, #2a393f);
   --edge: light-dark(#84959c, #62757d); --text: light-dark(#13232a, #e3ecef); --muted: light-dark(#4e626b, #9fb2ba);
   --accent: light-dark(#0b6a73, #5ccdd4); --bad: light-dark(#b3261e, #ff9389); --good: light-dark(#1a7347, #62d29c) }
-* { box-sizing: border-box; margin: 0; background: none }
+* { box-sizing: border-box; margin: 0; background: none } dialog::backdrop { background: #0008 }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px } [tabindex="-1"] { outline: none }
 body { max-width: 1320px; margin: auto; padding: 0 16px 16px; overflow-wrap: anywhere } label { margin-top: 8px }
 [hidden], body:not(.nodes) .node, .signed #login, body:not(.signed) :is(#board, #out) { display: none !important }
