@@ -44,7 +44,6 @@ import asyncio
 import base64
 import functools
 import hashlib
-import heapq
 import hmac
 import inspect
 import itertools
@@ -61,13 +60,13 @@ import threading
 import time
 import uuid
 import zlib
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, NoReturn, Protocol
+from typing import Annotated, Any, Generic, Literal, NoReturn, Protocol, get_args
 
 import structlog
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Request, Response, WebSocket
@@ -218,6 +217,8 @@ def create_error_message(error_msg: str, to: str, code: str = "error") -> WebSoc
 
 def describe(error: ValidationError) -> str:
     """Say which fields are wrong and what was expected, without the input."""
+    if error.error_count() > 20:  # a list of a megabyte can hold as many as it has items
+        return f"{error.error_count()} fields are wrong"
     return "; ".join(
         f"{'.'.join(map(str, detail['loc'])) or 'message'}: {detail['msg']}"
         for detail in error.errors(include_input=False, include_url=False)
@@ -284,16 +285,15 @@ def websocket_handler(
 def _find_type(handler: Handler) -> type[WebSocketMessage] | None:
     """Return the kind of `WebSocketMessage` that a handler's parameter is annotated with; None for any."""
     try:
-        signature = inspect.signature(handler, eval_str=True)
-    except NameError:
-        signature = inspect.signature(handler)
-        if "WebSocketMessage[" in str(signature):
+        parameter = next(iter(inspect.signature(handler, eval_str=True).parameters.values()))
+    except Exception:  # it has none, or is written in C, or its annotations are text that names what is not there
+        if "WebSocketMessage[" in str(getattr(handler, "__annotations__", "")):
             raise
-    except ValueError:  # it is written in C, and has none
         return None
-    kind = next((parameter.annotation for parameter in signature.parameters.values()), None)
-    special = isinstance(kind, type) and issubclass(kind, WebSocketMessage) and kind is not WebSocketMessage
-    return kind if special else None
+    for kind in (parameter.annotation, *get_args(parameter.annotation)):  # it may stand in Annotated, or with None
+        if isinstance(kind, type) and issubclass(kind, WebSocketMessage) and kind is not WebSocketMessage:
+            return kind
+    return None
 
 
 def get_handlers(handler_type: HandlerType) -> dict[str, Handler]:
@@ -419,7 +419,7 @@ def collect_metrics() -> CollectorRegistry:
     folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
     if not folder:
         return REGISTRY
-    for path in Path(folder).glob("gauge_live*.db"):
+    for path in Path(folder).glob("gauge_live*_[0-9]*.db"):
         pid = int(path.stem.rpartition("_")[2])
         with suppress(PermissionError, FileNotFoundError):  # it runs, as another user; another worker was first
             try:
@@ -591,10 +591,15 @@ def open_transport(websocket: WebSocket) -> tuple[Transport, Receive, Any]:
     return adapter, adapter.receive, None
 
 
-@functools.cache
+node_ids: dict[int, str] = globals().get("node_ids", {})  # by process: a fork is another node, a reload is not
+
+
 def node_id() -> str:
     """Return 32 bits, in hexadecimal, that name this process among those that share a Redis."""
-    return secrets.token_hex(4)
+    pid = os.getpid()
+    if pid not in node_ids:
+        node_ids[pid] = secrets.token_hex(4)
+    return node_ids[pid]
 
 
 def make_client_id() -> str:
@@ -918,11 +923,11 @@ async def broadcast(message: WebSocketMessage, sender: WebSocket | None = None) 
 
 # ---- Cluster ---------------------------------------------------------------------------------------------------------
 
-# What one PUBLISH carries: a header (version, node, and how many messages to all that node had published before), then
+# What one PUBLISH carries: a header (version, node, and how many messages that node had published on the channel), then
 # items: a kind, a length in bytes, and so many bytes.
 HEADER, ITEM = struct.Struct("!4s8sQ"), struct.Struct("!BI")
 VERSION = b"ddv1"
-TO_ALL, TO_ONE, UNKNOWN, ASK, ANSWER, PROBE = range(6)
+TO_ALL, TO_ONE, PUSH, UNKNOWN, ASK, ANSWER, PROBE = range(7)  # the first three are messages
 ANSWER_SECONDS = 1.0
 PROBE_SECONDS = 0.25
 LOST_PROBES = 12  # without a word from Redis, after which it is lost
@@ -938,22 +943,25 @@ def open_pool(url: str) -> Any:
 
     Raises:
         RuntimeError: redis-py is not installed.
-        ValueError: redis-py cannot read the URL.
+        ValueError: redis-py cannot read the URL, or an option in it; the URL is not shown, for its password.
 
     """
     try:
         from redis.asyncio import ConnectionPool
     except ImportError:
         raise RuntimeError("DATADIVR_REDIS_URL is set, but redis is not installed: pip install redis") from None
+    own = {"protocol": 2, "decode_responses": False, "socket_timeout": None, "socket_connect_timeout": None}
     try:
-        return ConnectionPool.from_url(url, protocol=2, socket_timeout=None, socket_connect_timeout=None)
-    except ValueError as error:
-        raise ValueError(f"DATADIVR_REDIS_URL: {error}") from None
+        made = ConnectionPool.from_url(url, **own)
+        made.make_connection()  # type: ignore[no-untyped-call]
+    except (TypeError, ValueError):
+        raise ValueError("DATADIVR_REDIS_URL: expected a URL and options that redis-py can read") from None
+    if changed := [name for name, value in own.items() if made.connection_kwargs[name] != value]:
+        raise ValueError(f"DATADIVR_REDIS_URL: expected no option {', '.join(changed)}")
+    return made
 
 
 pool: Any = open_pool(settings.redis_url) if settings.redis_url else None
-if pool:
-    redis_up = _metric(Gauge, "datadivr_redis_up", "Whether Redis answers.", multiprocess_mode="livemin")
 
 
 def find_node(client_id: str) -> str | None:
@@ -963,7 +971,7 @@ def find_node(client_id: str) -> str | None:
 
 
 def parse_batch(data: bytes) -> tuple[str, int, list[tuple[int, bytes]]]:
-    """Return the node that published a batch, how many messages to all it had published before, and the items.
+    """Return the node that published a batch, how many messages it had published on the channel, and the items.
 
     Raises:
         ValueError: the data is not such a batch from its first byte to its last.
@@ -991,20 +999,20 @@ class Batch:
     def __init__(self, channel: str) -> None:
         self.channel = channel
         self.items: list[bytes] = []
-        self.to_all = self.to_one = 0
+        self.size = self.messages = 0
         self.told: list[Told] = []
 
     def add(self, kind: int, body: bytes, told: Told | None) -> None:
         self.items += ITEM.pack(kind, len(body)), body
-        self.to_all += kind == TO_ALL
-        self.to_one += kind == TO_ONE
+        self.size += len(body)
+        self.messages += kind <= PUSH
         if told:
             self.told.append(told)
 
     def end(self, nodes: int | None) -> None:
         """Tell how many nodes heard it; None: it is lost, and counted."""
         if nodes is None:
-            errors_total.labels("redis").inc(self.to_all + self.to_one)
+            errors_total.labels("redis").inc(self.messages)
         for told in self.told:
             told(nodes)
 
@@ -1019,20 +1027,22 @@ class Link(InLoop):
     def __init__(self) -> None:
         super().__init__(asyncio.get_running_loop())
         self.everybody = self.channel("all")
-        self.sign = VERSION + node_id().encode()
+        self.sign = VERSION, node_id().encode()
         self.tried = asyncio.Event()  # whether Redis is there is known
         self.up = False
         self.waiting: list[Batch] = []
         self.waiting_bytes = 0
         self.under_way: deque[Batch] = deque()
         self.woken = asyncio.Event()
-        self.published = 0  # messages to all that Redis has taken
-        self.heard: dict[str, int] = {}  # the same of the other nodes, as far as heard
+        self.published: defaultdict[str, int] = defaultdict(int)  # messages that Redis has taken, by channel
+        self.heard: dict[tuple[str, str], int] = {}  # the same of each other node
         self.probe_heard = 0.0  # when the last probe that came back was sent
+        self.patience = 0.0  # how late a probe may be until a backlog must be read, whoever falls behind
         self.unheard = self.unanswered = 0  # probes since either connection brought something
         self.answers: dict[int, asyncio.Queue[Any]] = {}
         self.numbers = itertools.count()
-        redis_up.set(0)
+        self.redis_up = _metric(Gauge, "datadivr_redis_up", "Whether Redis answers.", multiprocess_mode="livemin")
+        self.redis_up.set(0)
         self.task = self.loop.create_task(self._run())
 
     def channel(self, node: str) -> str:
@@ -1044,7 +1054,7 @@ class Link(InLoop):
 
     def _append(self, channel: str, kind: int, body: bytes, told: Told | None) -> None:
         lost = self.tried.is_set() and not self.up
-        if lost or self.waiting_bytes + len(body) > settings.max_buffer_bytes:
+        if lost or (self.waiting_bytes and self.waiting_bytes + len(body) > settings.max_buffer_bytes):
             dropped = Batch(channel)
             dropped.add(kind, body, told)
             return dropped.end(None)
@@ -1086,7 +1096,7 @@ class Link(InLoop):
         body = json.dumps([number, *request]).encode()
         try:
             async with asyncio.timeout(ANSWER_SECONDS):
-                nodes = await self.confirm(channel, ASK, body)
+                nodes = await self.confirm(channel, PUSH if request[0] == "push" else ASK, body)
                 if nodes is None:
                     return answers, True
                 while len(answers) < nodes - (channel == self.everybody):
@@ -1100,9 +1110,11 @@ class Link(InLoop):
     async def stop(self) -> None:
         """Publish what waits, in 1 s at most, and leave."""
         with suppress(TimeoutError):
-            await asyncio.wait_for(self.confirm(self.channel(node_id()), PROBE, self._now()), 1)
-        self.task.cancel()
-        await asyncio.wait([self.task])
+            if not self.task.done():
+                await asyncio.wait_for(self.confirm(self.channel(node_id()), PROBE, self._now()), 1)
+        while not self.task.done():  # before Python 3.13 a TaskGroup swallows a cancel that meets an error
+            self.task.cancel()
+            await asyncio.wait([self.task], timeout=RETRY_SECONDS)
 
     async def _run(self) -> None:
         while True:
@@ -1114,6 +1126,8 @@ class Link(InLoop):
                     await subscriber.send_command("SUBSCRIBE", self.everybody, self.channel(node_id()))
                     for _ in range(2):
                         await subscriber.read_response()
+                    await publisher.send_command("PUBLISH", self.channel(node_id()), HEADER.pack(*self.sign, 0))
+                    await publisher.read_response()
                 async with asyncio.TaskGroup() as tasks:
                     tasks.create_task(self._hear(subscriber))
                     tasks.create_task(self._publish(publisher))
@@ -1131,12 +1145,11 @@ class Link(InLoop):
             errors_total.labels("redis").inc()
         self.tried.set()
         self.up = False
-        redis_up.set(0)
-        lost = [*self.under_way, *self.waiting]
+        self.redis_up.set(0)
+        for batch in (*self.under_way, *self.waiting):
+            batch.end(None)
         self.under_way.clear()
         self.waiting, self.waiting_bytes = [], 0
-        for batch in lost:
-            batch.end(None)
 
     def _now(self) -> bytes:
         return struct.pack("!d", self.loop.time())
@@ -1148,7 +1161,7 @@ class Link(InLoop):
         self.probe_heard, self.unheard, self.unanswered = self.loop.time(), 0, 0
         self.up = True
         self.tried.set()
-        redis_up.set(1)
+        self.redis_up.set(1)
         logger.info("redis_joined", node=node_id())
         while max(self.unheard, self.unanswered) < LOST_PROBES:
             self.send(self.channel(node_id()), PROBE, self._now())
@@ -1162,18 +1175,20 @@ class Link(InLoop):
             await self.woken.wait()
             self.woken.clear()
             self.under_way.extend(self.waiting)
-            self.waiting, self.waiting_bytes = [], 0
-            commands, sequence = [], self.published
+            self.waiting = []
+            commands, sequences = [], self.published.copy()
             for batch in self.under_way:
-                header = HEADER.pack(VERSION, node_id().encode(), sequence)
+                header = HEADER.pack(*self.sign, sequences[batch.channel])
                 commands.append(("PUBLISH", batch.channel, b"".join((header, *batch.items))))
-                sequence += batch.to_all
+                sequences[batch.channel] += batch.messages
             await publisher.send_packed_command(publisher.pack_commands(commands), check_health=False)
             while self.under_way:
                 nodes = await publisher.read_response()
                 self.unanswered = 0
                 batch = self.under_way.popleft()
-                self.published += batch.to_all
+                self.waiting_bytes -= batch.size
+                if nodes:  # or a client could fill memory with the channels of nodes that it made up
+                    self.published[batch.channel] += batch.messages
                 batch.end(nodes)
 
     async def _hear(self, subscriber: Any) -> None:
@@ -1181,7 +1196,7 @@ class Link(InLoop):
         while True:
             _, channel, data = await subscriber.read_response()
             self.unheard = 0
-            if channel.decode() != self.everybody or not data.startswith(self.sign):  # its own come back
+            if channel.decode() != self.everybody or not data.startswith(b"".join(self.sign)):  # its own come back
                 self._take(channel.decode(), data)
             unpaced += len(data)
             if unpaced > settings.max_buffer_bytes // 16:
@@ -1193,9 +1208,13 @@ class Link(InLoop):
                 await asyncio.sleep(0)
 
     async def _catch_up(self) -> None:
-        """Wait for clients that read where a backlog comes in: it comes faster than they can take it."""
+        """Wait for clients that read, since a backlog comes faster than they take it; as long as the pause, at most."""
+        if self.loop.time() - self.probe_heard < BEHIND_SECONDS:
+            self.patience = 0.0
+            return
+        self.patience = self.patience or 2 * (self.loop.time() - self.probe_heard)
         least, waited = math.inf, 0.0
-        while self.loop.time() - self.probe_heard > BEHIND_SECONDS and waited < STALLED_SECONDS:
+        while self.loop.time() - self.probe_heard < self.patience and waited < STALLED_SECONDS:
             sizes = [client.buffered_bytes for client in tuple(clients.values())]
             unsent = sum(size for size in sizes if size > settings.max_buffer_bytes // 4)
             if not unsent:
@@ -1208,12 +1227,11 @@ class Link(InLoop):
     def _take(self, channel: str, data: bytes) -> None:
         try:
             node, sequence, items = parse_batch(data)
-            if channel == self.everybody:
-                missed = sequence - self.heard.get(node, sequence)
-                self.heard[node] = sequence + sum(kind == TO_ALL for kind, _ in items)
-                if missed > 0:
-                    errors_total.labels("redis").inc(missed)
-                    logger.warning("redis_messages_missed", node=node, messages=missed)
+            missed = sequence - self.heard.get((node, channel), sequence)
+            self.heard[node, channel] = sequence + sum(kind <= PUSH for kind, _ in items)
+            if missed > 0:
+                errors_total.labels("redis").inc(missed)
+                logger.warning("redis_messages_missed", node=node, messages=missed)
             for kind, body in items:
                 self._act(node, kind, body)
         except Exception as error:
@@ -1229,7 +1247,7 @@ class Link(InLoop):
         elif kind == UNKNOWN:
             if asker := clients.get(body.decode()):
                 asker.log.call(asker.report_unknown)
-        elif kind == ASK:
+        elif kind in (PUSH, ASK):
             number, *request = json.loads(body)
             self.send(self.channel(node), ANSWER, json.dumps([number, perform(request)]).encode())
         elif kind == ANSWER:
@@ -1262,7 +1280,7 @@ def perform(request: Sequence[Any]) -> Any:
         case ["list", limit, after]:
             order = operator.attrgetter("connected_us", "id")
             rest = (client for client in tuple(clients.values()) if order(client) > tuple(after))
-            page = heapq.nsmallest(limit + 1, rest, order)
+            page = sorted(rest, key=order)[: limit + 1]
             return len(clients), [(client.connected_us, describe_client(client)) for client in page]
         case ["get", client_id] if client := clients.get(client_id):
             return describe_client(client)
@@ -1643,7 +1661,6 @@ async def post_message(request: Request) -> Recipients:
     if announcement.to not in EVERYBODY:
         return Recipients(recipients=await _ask_owner(announcement.to, "push", announcement.to, text), partial=False)
     answers, partial = await ask("all", "push", "all", text)
-    errors_total.labels("redis").inc(partial)
     return Recipients(recipients=sum(answers), partial=partial)
 
 
@@ -1657,7 +1674,7 @@ async def post_message(request: Request) -> Recipients:
     response_class=PlainTextResponse,
     openapi_extra={"security": [{}]},  # DATADIVR_PROTECT_METRICS decides whether the token is needed
 )
-async def get_metrics(request: Request) -> Response:
+def get_metrics(request: Request) -> Response:
     """Report the metrics in Prometheus' text format, or in OpenMetrics where that is asked for."""
     generate, content_type = choose_encoder(request.headers.get("accept", ""))
     return Response(generate(collect_metrics()), media_type=content_type)
