@@ -1774,28 +1774,28 @@ def main() -> None:
 
 
 CONSOLE = r"""<!doctype html><html lang="en"><meta charset="utf-8"><title>datadivr console</title>
-<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">
-<style>
+<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,"><style>
 :root { color-scheme: light dark; font: 15px/1.45 system-ui, sans-serif; color: var(--text); background: var(--page);
   --page: light-dark(#f2f5f6, #0c1316); --card: light-dark(#fff, #141d21); --line: light-dark(#d8e1e4, #2a393f);
   --edge: light-dark(#84959c, #62757d); --text: light-dark(#13232a, #e3ecef); --muted: light-dark(#4e626b, #9fb2ba);
   --accent: light-dark(#0b6a73, #5ccdd4); --bad: light-dark(#b3261e, #ff9389); --good: light-dark(#1a7347, #62d29c) }
-* { box-sizing: border-box; margin: 0; background: none } dialog::backdrop { background: #0008 }
+* { box-sizing: border-box; margin: 0; background: none; scroll-margin-top: 4em } dialog::backdrop { background: #0008 }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px } [tabindex="-1"] { outline: none }
-body { max-width: 1320px; margin: auto; padding: 0 16px 16px; overflow-wrap: anywhere } label { margin-top: 8px }
+body { max-width: 1320px; margin: auto; padding: 0 16px 16px; overflow-wrap: anywhere }
 [hidden], body:not(.nodes) .node, .signed #login, body:not(.signed) :is(#board, #out) { display: none !important }
 h1 { font-size: 18px; margin-right: auto; padding: 12px 0 } h2 { font-size: 15px } caption, label { font-weight: 700 }
 :is(h1, caption) span, small, figcaption, thead, td::before, tbody::after { color: var(--muted); font-weight: 400 }
 small, figcaption, label, thead, td::before, :is(td, header) button, .fault, #state { font-size: 13px }
+header { position: sticky; top: 0; z-index: 1; background: var(--page) } #notice { width: 100% }
 header, .bar { display: flex; flex-wrap: wrap; justify-content: space-between; align-items: center; gap: 6px 12px }
-#state::before { content: "\25cf\a0" / "" } [data-now=live] #state::before, #notice { color: var(--good) }
-#notice { width: 100% } #notice:not(:empty) { padding: 10px 16px; border: 1px solid; border-radius: 12px }
+#state::before { content: "\25cf\a0" / "" } [data-now=live] #state::before { color: var(--good) }
+#notice:not(:empty) { padding: 10px 16px; margin-bottom: 8px; border: 1px solid; border-radius: 12px }
 [data-now=gone] #state::before, [data-now=gone] #notice, .fault { color: var(--bad) } label { display: block }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 16px; min-width: 0 }
 .grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 320px), 1fr)); gap: 16px }
-.grid + * { margin-top: 16px } #board { margin-top: 10px } form .bar, nav, dialog > * + * { margin-top: 14px }
+.grid ~ * { margin-top: 16px } #board { margin-top: 10px } form .bar, nav, dialog > * + * { margin-top: 14px }
 figure p { font-size: 30px; font-weight: 600; line-height: 1.3 } tbody:empty::after { content: "None" }
-svg { width: 100%; height: 80px; overflow: visible; border: dashed var(--line); border-width: 1px 0 }
+svg { width: 100%; height: 80px; overflow: visible; border: dashed var(--edge); border-width: 1px 0 }
 path { fill: none; stroke: var(--accent); stroke-width: 2; stroke-linecap: round; vector-effect: non-scaling-stroke }
 input, textarea, button { font: inherit; color: inherit; border: 1px solid var(--edge); border-radius: 8px }
 input, textarea { display: block; width: 100%; padding: 7px 10px; margin: 4px 0 6px; font: 15px system-ui, sans-serif }
@@ -1806,11 +1806,11 @@ table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nu
 th, td { text-align: right; padding: 7px 0 7px 14px; font-weight: 400; white-space: nowrap }
 tbody tr { border-top: 1px solid var(--line) } th:first-child { text-align: left; padding-left: 0; white-space: normal }
 th small { display: block; font-family: ui-monospace, monospace } #slowest button:first-child { display: none }
-#login, dialog { width: min(420px, 100% - 32px); margin: 10vh auto; color: inherit } #told { line-height: 2 }
-@media (max-width: 700px) {
+#login, dialog { width: min(420px, 100% - 32px); margin: 10vh auto; color: inherit } label { margin-top: 8px }
+@media (max-width: 700px) { .wide :is(th, td:last-child) { grid-column: 1 / -1 }
   .wide thead { position: absolute; clip-path: inset(50%) } .wide button { margin: 0 6px 0 0; padding: 6px 14px }
-  .wide tr { display: grid; grid-template-columns: 5fr 3fr 3fr 4fr; padding: 8px 0 }
-  .wide :is(th, td) { padding: 3px 0; text-align: left } .wide :is(th, td:last-child) { grid-column: 1 / -1 }
+  .wide tr { display: grid; grid: auto / repeat(3, auto); gap: 0 14px; padding: 8px 0; justify-content: space-between }
+  .wide :is(th, td) { padding: 4px 0; text-align: left; white-space: normal }
   .wide td:not(:last-child)::before { content: attr(title) / ""; display: block } }
 </style><header><h1>datadivr <span>console</span></h1><p id="state"></p><button id="out">Sign out</button>
   <p id="notice" role="status"></p></header>
@@ -1818,7 +1818,8 @@ th small { display: block; font-family: ui-monospace, monospace } #slowest butto
 <label>Admin token <input id="token" type="password" autocomplete="off" required aria-describedby="token-fault"></label>
   <p id="token-fault" class="fault" role="alert"></p><small>DATADIVR_ADMIN_TOKEN, or the one in the server's log</small>
   <p class="bar"><button class="primary">Open the console</button></p></form>
-<div id="board"><div class="grid" id="charts"></div><div class="grid">
+<div id="board"><div class="grid" id="charts"></div>
+<p class="node"><small>Charts and errors: the node or machine that answers. Clients: all.</small></p><div class="grid">
   <section class="card"><table tabindex="-1"><caption>Errors</caption><thead><tr><th scope="col">Type
     <th scope="col">Last 2 min<th scope="col">In all</thead><tbody id="errors"></table></section>
   <section class="card"><table tabindex="-1"><caption>Slowest clients</caption><thead><tr><th scope="col">Client
@@ -1830,8 +1831,7 @@ th small { display: block; font-family: ui-monospace, monospace } #slowest butto
     <label>Payload, in JSON <textarea id="payload" rows="2" aria-describedby="payload-fault"></textarea></label>
     <p id="payload-fault" class="fault" role="alert"></p>
     <p class="bar"><button class="primary">Send</button><span id="sent" role="status"></span></p></form></div>
-<section class="card"><p id="told" role="status"></p><p id="partial" class="fault" hidden>Some nodes did not answer.</p>
-    <small class="node">Charts and errors are those of the one node that answers here.</small>
+<section class="card"><p id="partial" class="fault" hidden>Some nodes did not answer.</p>
     <table class="wide" tabindex="-1"><caption>Clients <span id="total"></span></caption>
       <thead><tr><th scope="col">Client<th scope="col" class="node">Node<th scope="col">Since<th scope="col">In
       <th scope="col">Out<th scope="col">Unsent<th scope="col">Actions</thead><tbody id="clients"></table>
@@ -1852,7 +1852,7 @@ const show = (now, label, notice) => { dataset.now = now; say(ui.state, label); 
 const fault = (id, text) => { say(ui[`${id}-fault`], text); ui[id].ariaInvalid = !!text; if (text) ui[id].focus(); };
 const number = (n) => n.toLocaleString("en", n < 1e5 ? { maximumFractionDigits: +(n < 100) } : { notation: "compact" });
 const bytes = (n) => n < 1e3 ? `${n} B` : n < 1e6 ? `${(n / 1e3).toFixed(1)} kB` : `${(n / 1e6).toFixed(1)} MB`;
-const time = (d) => d.toLocaleString([], { timeStyle: "medium", dateStyle: Date.now() - d > 8e7 ? "short" : void 0 });
+const time = (d) => d.toLocaleString([], { timeStyle: "short", dateStyle: Date.now() - d > 8e7 ? "short" : void 0 });
 async function api(path, options) {
   const own = token, headers = { Authorization: `Bearer ${own}` }, signal = AbortSignal.timeout(5000);
   const answer = await fetch(new URL(path, base), { ...options, headers, signal, cache: "no-store" }).catch(() => null);
@@ -1878,7 +1878,7 @@ async function run() { // one request after the other, for as long as somebody i
     if (before === "live") continue;
     show("live", "Live", before === "gone" ? "The server is back." : "");
     setTimeout(say, 5000, ui.notice, ""); sessionStorage.setItem("datadivr", token);
-    if (!classList.contains("signed")) { classList.add("signed"); ui.main.focus(); }
+    if (!classList.contains("signed")) { classList.add("signed"); ui.main.focus({ preventScroll: true }); }
   } catch ({ message }) {
     if (token) show("gone", "No answer", `${message} Trying again every second.${last.seen ?? ""}`); due = 0;
   }
@@ -1947,13 +1947,13 @@ const charts = ["Clients connected", "Messages in", "Deliveries out"].map((title
     const path = samples.map((sample, i) => values[i] === null ? "" :
       `${values[i - 1] == null ? "M" : "L"}${120 + sample.at - at} ${40 - 40 * values[i] / limit}h0`);
     svg.firstChild.setAttribute("d", path.join(""));
-    say(figure, now === null ? "-" : number(now) + unit); say(top, number(limit) + unit);
+    say(figure, now === null ? "-" : number(now) + unit); say(top, `scale to ${number(limit)}${unit}`);
     svg.ariaLabel = `${title}: ${figure.textContent} now, at most ${number(most)}${unit} in the last two minutes`;
   };
 });
 ui.ask.onclose = () => ui.ask.returnValue && api(`clients/${ui.ask.client.id}`, { method: "DELETE" })
   .then(() => `${ui.ask.client.address} is disconnected.`, (error) => error.message)
-  .then((text) => { due = 0; say(ui.told, text); });
+  .then((text) => { due = 0; say(ui.notice, text); setTimeout(say, 5000, ui.notice, ""); });
 ui.announce.onsubmit = (event) => {
   const [to, event_name, message, payload] = [ui.to, ui.name, ui.message, ui.payload].map(({ value }) => value.trim());
   event.preventDefault(); fault("payload", ""); fault("to", ""); say(ui.sent, "");

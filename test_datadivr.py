@@ -3083,6 +3083,42 @@ def test_the_console_shows_nodes_where_there_are_several(page: Page, live: Live)
     expect(page.get_by_text("Some nodes did not answer")).to_be_visible()
 
 
+def test_a_phone_shows_each_figure_apart(page: Page, live: Live) -> None:
+    client = {"connected_at": "2020-12-22T22:22:22Z", "messages_received": 77777, "messages_sent": 66666}
+    clients = [
+        {
+            **client,
+            "buffered_bytes": 678123,
+            "id": 4 * f"{name}1111111-",
+            "address": "[2001:db8::1]:55555",
+            "node": name * 8,
+        }
+        for name in "ab"
+    ]
+    page.route("**/clients?*", lambda route: route.fulfill(json={"total": 2, "next": None, "clients": clients}))
+    page.set_viewport_size({"width": 390, "height": 900})
+    open_console(page, live.port)
+    expect(rows(page)).to_have_count(2)
+    places = """(row) => [row.closest("section"), ...row.querySelectorAll("small, td:not(:last-child)")].map((node) => {
+        const range = document.createRange(); range.selectNodeContents(node);
+        const { left, right, top, bottom } = range.getBoundingClientRect(); return [left, right, top, bottom]; })"""
+    card, *texts = rows(page).first.evaluate(places)
+    assert all(card[0] <= left and right <= card[1] for left, right, *_ in texts)
+    for one, other in itertools.combinations(texts, 2):
+        assert one[1] < other[0] or other[1] < one[0] or one[3] <= other[2] or other[3] <= one[2]
+
+
+def test_a_lost_server_is_seen_wherever_one_has_scrolled_to(page: Page, live: Live, connect: Connect) -> None:
+    for _ in range(20):
+        connect()
+    page.set_viewport_size({"width": 390, "height": 900})
+    open_console(page, live.port)
+    expect(rows(page)).to_have_count(20)
+    rows(page).last.scroll_into_view_if_needed()
+    page.route("**/*", lambda route: route.abort())
+    expect(page.get_by_text("The server does not answer.")).to_be_in_viewport()
+
+
 @pytest.mark.parametrize("token", ["wrong", "tökén"])
 def test_the_console_says_that_a_token_is_wrong(page: Page, live: Live, token: str) -> None:
     open_console(page, live.port, token=token)
