@@ -66,7 +66,7 @@ from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, NoReturn, Protocol, get_args
+from typing import Annotated, Any, Generic, Literal, NoReturn, get_args
 
 import structlog
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Request, Response, WebSocket
@@ -485,34 +485,24 @@ def unframe(data: bytes) -> Iterator[tuple[int, bytes]]:
         start += length
 
 
-class Transport(Protocol):
-    """The part of `asyncio.Transport` that carries frames to a client."""
-
-    def write(self, data: bytes, /) -> None: ...
-    def get_write_buffer_size(self) -> int: ...
-    def is_closing(self) -> bool: ...
-    def abort(self) -> None: ...
-
-
-class AsgiTransport:
-    """A `Transport` over ASGI's `send`, for servers and test clients that share none of their own.
+class AsgiTransport(asyncio.WriteTransport):
+    """A transport over ASGI's `send`, for servers and test clients that share none of their own.
 
     It costs a task a client and a coroutine a message. A close frame ends `receive`, and the endpoint then closes the
     WebSocket in `finish`: under granian a close from another task is lost while the endpoint receives.
     """
 
-    def __init__(self, websocket: WebSocket, receive: Receive, socket: Transport | None) -> None:
+    def __init__(self, websocket: WebSocket, receive: Receive, socket: asyncio.WriteTransport | None) -> None:
         self._websocket = websocket
         self._receive = receive
         self._socket = socket
         self._receiving = False
         self._unsent = 0
         self._queue: asyncio.Queue[bytes] = asyncio.Queue()
-        self._closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._close_frame: tuple[int, str] | None = None
         self._writer = asyncio.create_task(self._write())
 
-    def write(self, data: bytes, /) -> None:
+    def write(self, data: Any) -> None:
         self._unsent += len(data)
         self._queue.put_nowait(data)
 
@@ -520,16 +510,12 @@ class AsgiTransport:
         return self._unsent
 
     def is_closing(self) -> bool:
-        return self._closed.done()
+        return self._writer.done()
 
     def abort(self) -> None:
-        self._end()
+        self._writer.cancel()
         if self._socket:
             self._socket.abort()
-
-    def _end(self) -> None:
-        if not self._closed.done():
-            self._closed.set_result(None)
 
     async def _write(self) -> None:
         try:
@@ -543,8 +529,6 @@ class AsgiTransport:
                 self._unsent -= len(data)
         except Exception as error:  # servers differ in what a send to a client that went raises
             logger.debug("asgi_send_failed", error=repr(error))
-        finally:
-            self._end()
 
     async def _close(self) -> None:
         close_frame, self._close_frame = self._close_frame, None
@@ -558,7 +542,7 @@ class AsgiTransport:
         reader = asyncio.ensure_future(self._receive())
         self._receiving = True
         try:
-            await asyncio.wait((reader, self._closed), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((reader, self._writer), return_when=asyncio.FIRST_COMPLETED)
             return reader.result() if reader.done() else {"type": "websocket.disconnect"}
         finally:
             self._receiving = False
@@ -566,7 +550,6 @@ class AsgiTransport:
 
     async def finish(self) -> None:
         """Stop writing, and send the close frame that was written, if one was."""
-        self._end()
         self._writer.cancel()
         await self._close()
 
@@ -576,7 +559,7 @@ def _warn_of_adapter(server: str) -> None:
     logger.warning("fanout_through_asgi", server=server, hint=f"full speed needs {UVICORN_PROTOCOL}")
 
 
-def open_transport(websocket: WebSocket) -> tuple[Transport, Receive, Any]:
+def open_transport(websocket: WebSocket) -> tuple[asyncio.WriteTransport, Receive, Any]:
     """Return what carries frames to a client, what receives from it, and uvicorn's protocol object or None.
 
     Under uvicorn `receive` is a bound method of the protocol object, which has the connection's transport.
@@ -611,7 +594,7 @@ def make_client_id() -> str:
 class Client:
     """One connected client. Users may read `id`, `address`, `connected_us` and the counts."""
 
-    def __init__(self, address: str, transport: Transport, log: "Log", protocol: Any = None) -> None:
+    def __init__(self, address: str, transport: asyncio.WriteTransport, log: "Log", protocol: Any = None) -> None:
         self.id = make_client_id()
         self.address = address
         self.connected_us = time.time_ns() // 1000
@@ -1097,15 +1080,13 @@ class Link(InLoop):
         try:
             async with asyncio.timeout(ANSWER_SECONDS):
                 nodes = await self.confirm(channel, PUSH if request[0] == "push" else ASK, body)
-                if nodes is None:
-                    return answers, True
-                while len(answers) < nodes - (channel == self.everybody):
+                while nodes is not None and len(answers) < nodes - (channel == self.everybody):
                     answers.append(await queue.get())
+            return answers, nodes is None
         except TimeoutError:
             return answers, True
         finally:
             del self.answers[number]
-        return answers, False
 
     async def stop(self) -> None:
         """Publish what waits, in 1 s at most, and leave."""
@@ -1763,14 +1744,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="A WebSocket message server with an HTTP admin API.")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8765)
-    options = parser.parse_args()
-    uvicorn.run(
-        app,
-        host=options.host,
-        port=options.port,
-        ws_max_size=settings.max_message_bytes,
-        timeout_graceful_shutdown=5,
-    )
+    uvicorn.run(app, ws_max_size=settings.max_message_bytes, timeout_graceful_shutdown=5, **vars(parser.parse_args()))
 
 
 CONSOLE = r"""<!doctype html><html lang="en"><meta charset="utf-8"><title>datadivr console</title>

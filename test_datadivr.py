@@ -1124,7 +1124,7 @@ def inflated(first: int, payload: bytes, inflater: Any) -> bytes:
     return bytes(inflater.decompress(payload + b"\0\0\xff\xff")) if first == datadivr.COMPRESSED_TEXT else payload
 
 
-class FakeTransport:
+class FakeTransport(asyncio.WriteTransport):
     """A transport that keeps what is written, and whose client stalls and goes on demand."""
 
     def __init__(self) -> None:
@@ -1135,7 +1135,7 @@ class FakeTransport:
         self.unsent = 0
         self.closing = False
 
-    def write(self, data: bytes, /) -> None:
+    def write(self, data: Any) -> None:
         assert not self.closing
         for first, payload in datadivr.unframe(data):
             if first != datadivr.CLOSE:
