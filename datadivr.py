@@ -287,13 +287,13 @@ def _find_type(handler: Handler) -> type[WebSocketMessage] | None:
     try:
         parameter = next(iter(inspect.signature(handler, eval_str=True).parameters.values()))
     except Exception:  # it has none, or is written in C, or its annotations are text that names what is not there
-        if "WebSocketMessage[" in str(getattr(handler, "__annotations__", "")):
-            raise
+        with suppress(ValueError):
+            if "WebSocketMessage[" in str(inspect.signature(handler)):
+                raise
         return None
-    for kind in (parameter.annotation, *get_args(parameter.annotation)):  # it may stand in Annotated, or with None
-        if isinstance(kind, type) and issubclass(kind, WebSocketMessage) and kind is not WebSocketMessage:
-            return kind
-    return None
+    named = (parameter.annotation, *get_args(parameter.annotation))  # it may stand in Annotated, or with None
+    kinds = {kind for kind in named if isinstance(kind, type) and issubclass(kind, WebSocketMessage)}
+    return kinds.pop() if len(kinds) == 1 and WebSocketMessage not in kinds else None
 
 
 def get_handlers(handler_type: HandlerType) -> dict[str, Handler]:
@@ -933,11 +933,12 @@ def open_pool(url: str) -> Any:
         from redis.asyncio import ConnectionPool
     except ImportError:
         raise RuntimeError("DATADIVR_REDIS_URL is set, but redis is not installed: pip install redis") from None
-    own = {"protocol": 2, "decode_responses": False, "socket_timeout": None, "socket_connect_timeout": None}
+    own: dict[str, Any] = {"protocol": 2, "decode_responses": False, "encoding": "utf-8"}
+    own |= {"socket_timeout": None, "socket_connect_timeout": None}
     try:
         made = ConnectionPool.from_url(url, **own)
         made.make_connection()  # type: ignore[no-untyped-call]
-    except (TypeError, ValueError):
+    except Exception:  # redis-py raises much for an option that it does not know, or not so
         raise ValueError("DATADIVR_REDIS_URL: expected a URL and options that redis-py can read") from None
     if changed := [name for name, value in own.items() if made.connection_kwargs[name] != value]:
         raise ValueError(f"DATADIVR_REDIS_URL: expected no option {', '.join(changed)}")
@@ -1096,6 +1097,7 @@ class Link(InLoop):
         while not self.task.done():  # before Python 3.13 a TaskGroup swallows a cancel that meets an error
             self.task.cancel()
             await asyncio.wait([self.task], timeout=RETRY_SECONDS)
+        self.redis_up.set(0)
 
     async def _run(self) -> None:
         while True:
@@ -1191,7 +1193,6 @@ class Link(InLoop):
     async def _catch_up(self) -> None:
         """Wait for clients that read, since a backlog comes faster than they take it; as long as the pause, at most."""
         if self.loop.time() - self.probe_heard < BEHIND_SECONDS:
-            self.patience = 0.0
             return
         self.patience = self.patience or 2 * (self.loop.time() - self.probe_heard)
         least, waited = math.inf, 0.0
@@ -1237,6 +1238,8 @@ class Link(InLoop):
                 self.answers[number].put_nowait(answer)
         elif kind == PROBE:
             (self.probe_heard,) = struct.unpack("!d", body)
+            if self.loop.time() - self.probe_heard < BEHIND_SECONDS:
+                self.patience = 0.0
         else:
             raise ValueError(f"unknown kind {kind}")
 
@@ -1655,10 +1658,11 @@ async def post_message(request: Request) -> Recipients:
     response_class=PlainTextResponse,
     openapi_extra={"security": [{}]},  # DATADIVR_PROTECT_METRICS decides whether the token is needed
 )
-def get_metrics(request: Request) -> Response:
+async def get_metrics(request: Request) -> Response:
     """Report the metrics in Prometheus' text format, or in OpenMetrics where that is asked for."""
     generate, content_type = choose_encoder(request.headers.get("accept", ""))
-    return Response(generate(collect_metrics()), media_type=content_type)
+    text = await asyncio.to_thread(lambda: generate(collect_metrics()))  # files of many workers take their time
+    return Response(text, media_type=content_type)
 
 
 @router.get("/healthz")
@@ -1819,10 +1823,11 @@ th small { display: block; font-family: ui-monospace, monospace } #slowest butto
 </template><script>
 const ui = Object.fromEntries(Array.from(document.querySelectorAll("[id]"), (node) => [node.id, node]));
 const base = new URL(location.pathname.endsWith("/") ? ".." : ".", location), { dataset, classList } = document.body;
-let token = sessionStorage.getItem("datadivr"), samples = [], clients = [], page = 0, last = {}, due = 0, running;
+let token = sessionStorage.getItem("datadivr"), samples = [], clients = [], page = 0, last = {}, due = 0, running, fade;
 const el = (tag, properties) => Object.assign(document.createElement(tag), properties);
 const say = (node, text) => { if (node.textContent !== text) node.textContent = text; };
 const show = (now, label, notice) => { dataset.now = now; say(ui.state, label); say(ui.notice, notice); };
+const tell = (text) => { say(ui.notice, text); clearTimeout(fade); fade = setTimeout(say, 5000, ui.notice, ""); };
 const fault = (id, text) => { say(ui[`${id}-fault`], text); ui[id].ariaInvalid = !!text; if (text) ui[id].focus(); };
 const number = (n) => n.toLocaleString("en", n < 1e5 ? { maximumFractionDigits: +(n < 100) } : { notation: "compact" });
 const bytes = (n) => n < 1e3 ? `${n} B` : n < 1e6 ? `${(n / 1e3).toFixed(1)} kB` : `${(n / 1e6).toFixed(1)} MB`;
@@ -1849,9 +1854,8 @@ async function run() { // one request after the other, for as long as somebody i
     const start = performance.now(), before = dataset.now;
     if (start > due) due = start + 2000 + await walk();
     await measure();
-    if (before === "live") continue;
-    show("live", "Live", before === "gone" ? "The server is back." : "");
-    setTimeout(say, 5000, ui.notice, ""); sessionStorage.setItem("datadivr", token);
+    if (before === "live") continue; else show("live", "Live", "");
+    sessionStorage.setItem("datadivr", token); if (before === "gone") tell("The server is back.");
     if (!classList.contains("signed")) { classList.add("signed"); ui.main.focus({ preventScroll: true }); }
   } catch ({ message }) {
     if (token) show("gone", "No answer", `${message} Trying again every second.${last.seen ?? ""}`); due = 0;
@@ -1925,9 +1929,9 @@ const charts = ["Clients connected", "Messages in", "Deliveries out"].map((title
     svg.ariaLabel = `${title}: ${figure.textContent} now, at most ${number(most)}${unit} in the last two minutes`;
   };
 });
-ui.ask.onclose = () => ui.ask.returnValue && api(`clients/${ui.ask.client.id}`, { method: "DELETE" })
-  .then(() => `${ui.ask.client.address} is disconnected.`, (error) => error.message)
-  .then((text) => { due = 0; say(ui.notice, text); setTimeout(say, 5000, ui.notice, ""); });
+ui.ask.onclose = ({ target: { returnValue, client } }) => returnValue &&
+  api(`clients/${client.id}`, { method: "DELETE" }).then(() => `${client.address} is disconnected.`, (e) => e.message)
+  .then((text) => { due = 0; tell(text); });
 ui.announce.onsubmit = (event) => {
   const [to, event_name, message, payload] = [ui.to, ui.name, ui.message, ui.payload].map(({ value }) => value.trim());
   event.preventDefault(); fault("payload", ""); fault("to", ""); say(ui.sent, "");

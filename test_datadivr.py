@@ -785,6 +785,11 @@ def test_a_handler_whose_type_is_not_there_is_refused_and_one_without_type_is_no
 
     async def untyped(message: "Nowhere") -> None: ...  # type: ignore[name-defined]  # noqa: F821
 
+    class Callable:
+        async def __call__(self, message: "WebSocketMessage[Nowhere]") -> None: ...  # type: ignore[name-defined]  # noqa: F821
+
+    with pytest.raises(NameError, match="Nowhere"):
+        datadivr.websocket_handler("callable")(Callable())
     datadivr.websocket_handler("untyped")(untyped)
     datadivr.websocket_handler("print")(print)
     with pytest.raises(NameError, match="Nowhere"):
@@ -1911,6 +1916,8 @@ def test_redis_configured_but_not_installed_stops_the_start_with_what_to_install
         "redis://:secret/x@localhost",
         "redis://:secret@localhost?ssl_ca_certs=x",
         "redis://:secret@localhost?protocol=3",
+        "redis://:secret@localhost?encoding=utf-16",
+        "redis://:secret@localhost?retry=3",
     ],
 )
 def test_a_bad_url_stops_the_start_without_being_shown(url: str) -> None:
