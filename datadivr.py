@@ -261,9 +261,9 @@ def websocket_handler(
     """Register the decorated function for an event; the last registration of a name wins.
 
     The function takes a `WebSocketMessage` and returns one, which goes to its `to`, or None. A coroutine function
-    runs in the event loop, a plain one in the thread pool (AnyIO's, of 40 threads). One client's messages are handled
-    one after the other, so a handler that takes long holds up its own client alone. The names `$connect` and
-    `$disconnect` are for clients that came and went.
+    runs in the event loop, which it must not block, a plain one in the thread pool (AnyIO's, of 40 threads). One
+    client's messages are handled one after the other, so a handler that awaits long holds up its own client alone. The
+    names `$connect` and `$disconnect` are for clients that came and went.
 
     Where its parameter is annotated `WebSocketMessage[type]`, it runs for payloads of that type alone, such as a
     pydantic model; for others, the sender gets an `invalid_payload` error that names the fields.
@@ -1175,11 +1175,12 @@ class Link(InLoop):
                 batch.end(nodes)
 
     async def _hear(self, subscriber: Any) -> None:
+        everybody, own = self.everybody.encode(), b"".join(self.sign)
         allowance, unpaced = YIELD_BYTES, 0
         while True:
             _, channel, data = await subscriber.read_response()
             self.unheard = 0
-            if channel.decode() != self.everybody or not data.startswith(b"".join(self.sign)):  # its own come back
+            if channel != everybody or not data.startswith(own):  # what it published comes back
                 self._take(channel.decode(), data)
             unpaced += len(data)
             if unpaced > settings.max_buffer_bytes // 16:
@@ -1558,7 +1559,7 @@ NOT_FOUND: dict[int | str, dict[str, Any]] = {404: {"model": Detail}, 503: {"mod
 def describe_client(client: Client) -> dict[str, Any]:
     return ClientInfo(
         id=client.id,
-        node=node_id(),
+        node=client.id[:8],
         address=client.address,
         connected_at=datetime.fromtimestamp(client.connected_us / 1e6, UTC),
         messages_received=client.messages_received,
