@@ -1772,7 +1772,7 @@ header, .bar { display: flex; flex-wrap: wrap; justify-content: space-between; a
 [data-now=gone] #state::before, [data-now=gone] #notice, .fault { color: var(--bad) } label { display: block }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 16px; min-width: 0 }
 .grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 320px), 1fr)); gap: 16px }
-.grid ~ * { margin-top: 16px } #board { margin-top: 10px } form .bar, nav, dialog > * + * { margin-top: 14px }
+#board > .grid ~ * { margin-top: 16px } #board { margin-top: 10px } form .bar, nav, dialog > * + * { margin-top: 14px }
 figure p { font-size: 30px; font-weight: 600; line-height: 1.3 } tbody:empty::after { content: "None" }
 svg { width: 100%; height: 80px; overflow: visible; border: dashed var(--edge); border-width: 1px 0 }
 path { fill: none; stroke: var(--accent); stroke-width: 2; stroke-linecap: round; vector-effect: non-scaling-stroke }
@@ -1786,11 +1786,11 @@ th, td { text-align: right; padding: 7px 0 7px 14px; font-weight: 400; white-spa
 tbody tr { border-top: 1px solid var(--line) } th:first-child { text-align: left; padding-left: 0; white-space: normal }
 th small { display: block; font-family: ui-monospace, monospace } #slowest button:first-child { display: none }
 #login, dialog { width: min(420px, 100% - 32px); margin: 10vh auto; color: inherit } label { margin-top: 8px }
-@media (max-width: 700px) { .wide :is(th, td:last-child) { grid-column: 1 / -1 }
+@media (max-width: 700px) { .wide th, #clients td:last-child { grid-column: 1 / -1 } .wide .node { display: none }
   .wide thead { position: absolute; clip-path: inset(50%) } .wide button { margin: 0 6px 0 0; padding: 6px 14px }
-  .wide tr { display: grid; grid: auto / repeat(3, auto); gap: 0 14px; padding: 8px 0; justify-content: space-between }
-  .wide :is(th, td) { padding: 4px 0; text-align: left; white-space: normal }
-  .wide td:not(:last-child)::before { content: attr(title) / ""; display: block } }
+  .wide tr { display: grid; grid: auto / repeat(4, auto); gap: 0 14px; padding: 8px 0; justify-content: space-between }
+  .wide :is(th, td) { padding: 4px 0; text-align: left; white-space: normal } .wide td { overflow-wrap: normal }
+  #slowest td + td { grid-column: 4 } .wide td:not(:last-child)::before { content: attr(title) / ""; display: block } }
 </style><header><h1>datadivr <span>console</span></h1><p id="state"></p><button id="out">Sign out</button>
   <p id="notice" role="status"></p></header>
 <main id="main" tabindex="-1"><form id="login" class="card"><h2>Sign in</h2>
@@ -1799,11 +1799,11 @@ th small { display: block; font-family: ui-monospace, monospace } #slowest butto
   <p class="bar"><button class="primary">Open the console</button></p></form>
 <div id="board"><div class="grid" id="charts"></div>
 <p class="node"><small>Charts and errors: the node or machine that answers. Clients: all.</small></p><div class="grid">
-  <section class="card"><table tabindex="-1"><caption>Errors</caption><thead><tr><th scope="col">Type
+  <div class="grid"><section class="card"><table tabindex="-1"><caption>Errors</caption><thead><tr><th scope="col">Type
     <th scope="col">Last 2 min<th scope="col">In all</thead><tbody id="errors"></table></section>
-  <section class="card"><table tabindex="-1"><caption>Slowest clients</caption><thead><tr><th scope="col">Client
-    <th scope="col">Unsent<th scope="col">Actions</thead><tbody id="slowest"></table></section>
-  <form id="announce" class="card"><h2>Announcement</h2>
+  <section class="card"><table class="wide" tabindex="-1"><caption>Slowest clients</caption><thead><tr>
+    <th scope="col">Client<th scope="col">Unsent<th scope="col">Actions</thead><tbody id="slowest"></table></section>
+  </div><form id="announce" class="card"><h2>Announcement</h2>
     <label>To <input id="to" value="all" required aria-describedby="to-fault to-hint"></label>
     <p id="to-fault" class="fault" role="alert"></p><small id="to-hint">“all” or a client's id</small>
     <label>Event name <input id="name" required></label><label>Message <input id="message"></label>

@@ -3122,9 +3122,11 @@ def test_a_phone_shows_each_figure_apart(page: Page, live: Live) -> None:
     page.set_viewport_size({"width": 390, "height": 900})
     open_console(page, live.port)
     expect(rows(page)).to_have_count(2)
-    places = """(row) => [row.closest("section"), ...row.querySelectorAll("small, td:not(:last-child)")].map((node) => {
+    places = """(row) => {
+      const texts = row.querySelectorAll("small, td:not(.node, :last-child)");  // the node begins the id
+      return [row.closest("section"), ...texts].map((node) => {
         const range = document.createRange(); range.selectNodeContents(node);
-        const { left, right, top, bottom } = range.getBoundingClientRect(); return [left, right, top, bottom]; })"""
+        const { left, right, top, bottom } = range.getBoundingClientRect(); return [left, right, top, bottom]; }) }"""
     card, *texts = rows(page).first.evaluate(places)
     assert all(card[0] <= left and right <= card[1] for left, right, *_ in texts)
     for one, other in itertools.combinations(texts, 2):
