@@ -1771,14 +1771,14 @@ header, .bar { display: flex; flex-wrap: wrap; justify-content: space-between; a
 #notice:not(:empty) { padding: 10px 16px; margin-bottom: 8px; border: 1px solid; border-radius: 12px }
 [data-now=gone] #state::before, [data-now=gone] #notice, .fault { color: var(--bad) } label { display: block }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 16px; min-width: 0 }
-.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 320px), 1fr)); gap: 16px }
+.grid { display: grid; grid: auto / repeat(auto-fit, minmax(clamp(13em, (44em - 100%) * 999, 100%), 1fr)); gap: 16px }
 #board > .grid ~ * { margin-top: 16px } #board { margin-top: 10px } form .bar, nav, dialog > * + * { margin-top: 14px }
 figure p { font-size: 30px; font-weight: 600; line-height: 1.3 } tbody:empty::after { content: "None" }
 svg { width: 100%; height: 80px; overflow: visible; border: dashed var(--edge); border-width: 1px 0 }
 path { fill: none; stroke: var(--accent); stroke-width: 2; stroke-linecap: round; vector-effect: non-scaling-stroke }
 input, textarea, button { font: inherit; color: inherit; border: 1px solid var(--edge); border-radius: 8px }
 input, textarea { display: block; width: 100%; padding: 7px 10px; margin: 4px 0 6px; font: 15px system-ui, sans-serif }
-button { padding: 5px 14px; cursor: pointer } :is(td, header) button { margin-left: 6px; padding: 3px 10px }
+button { padding: 5px 1em; cursor: pointer } :is(td, header) button { padding: 3px 9px } * + button { margin-left: 6px }
 .primary { background: var(--accent); border-color: var(--accent); color: var(--card); font-weight: 600 }
 [aria-disabled=true] { color: var(--muted); cursor: default } .danger, [aria-invalid=true] { border-color: var(--bad) }
 table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums } caption { text-align: left }
@@ -1786,8 +1786,8 @@ th, td { text-align: right; padding: 7px 0 7px 14px; font-weight: 400; white-spa
 tbody tr { border-top: 1px solid var(--line) } th:first-child { text-align: left; padding-left: 0; white-space: normal }
 th small { display: block; font-family: ui-monospace, monospace } #slowest button:first-child { display: none }
 #login, dialog { width: min(420px, 100% - 32px); margin: 10vh auto; color: inherit } label { margin-top: 8px }
-@media (max-width: 700px) { .wide th, #clients td:last-child { grid-column: 1 / -1 } .wide .node { display: none }
-  .wide thead { position: absolute; clip-path: inset(50%) } .wide button { margin: 0 6px 0 0; padding: 6px 14px }
+@media (max-width: 900px) { .wide th, #clients td:last-child { grid-column: 1 / -1 } .wide .node { display: none }
+  .wide thead { position: absolute; clip-path: inset(50%) } .wide button { padding: 6px 14px }
   .wide tr { display: grid; grid: auto / repeat(4, auto); gap: 0 14px; padding: 8px 0; justify-content: space-between }
   .wide :is(th, td) { padding: 4px 0; text-align: left; white-space: normal } .wide td { overflow-wrap: normal }
   #slowest td + td { grid-column: 4 } .wide td:not(:last-child)::before { content: attr(title) / ""; display: block } }
