@@ -888,7 +888,7 @@ def test_the_metrics_agree_with_what_was_done(connect: Connect, live: Live) -> N
     def change(name: str, since: dict[str, float]) -> float:
         return after[name] - since.get(name, 0)
 
-    assert (change("clients", before), change("connections_total", before)) == (2, 2)
+    assert (after["clients"], change("connections_total", before)) == (2, 2)
     assert change("messages_received_total", middle) == 6
     assert change("messages_sent_total", middle) == 11
     error_size = len(datadivr.frame(json.dumps(error("x" * 36, "unknown_recipient", "")).replace(" ", "").encode()))
@@ -1706,7 +1706,7 @@ def test_a_killed_connection_is_noticed_counted_and_replaced(pair: Pair, cluster
         wait_until(lambda: one.joined and two.joined, "their return")
         return time.monotonic() - start
 
-    assert min(kill() for _ in range(3)) < 1
+    assert statistics.median(kill() for _ in range(3)) < 1
     say(here, "m")
     assert hear(there)["event_name"] == "m"
 
@@ -1777,7 +1777,7 @@ def test_a_node_that_missed_messages_counts_them(pair: Pair, cluster: Cluster) -
     server.client.config_set("client-output-buffer-limit", "pubsub 1mb 1mb 60")
     with paused(two):
         wait_until(cut_off, "Redis to give the node up", 20)
-        for _ in range(50):
+        for _ in range(100):
             send(1)
     server.client.config_set("client-output-buffer-limit", "pubsub 32mb 8mb 60")
     wait_until(lambda: joins(two.log) == (lost + 1, joined + 1), "its return")
@@ -1788,7 +1788,7 @@ def test_a_node_that_missed_messages_counts_them(pair: Pair, cluster: Cluster) -
         heard.append(hear(there)["payload"])
     assert heard == sorted(set(heard))
     missed = end + 2 - len(heard)
-    assert missed >= 50
+    assert missed > 100
     assert two.redis_errors - counted == missed + 1  # and the lost connection
     assert f"messages={missed}" in two.log
 
