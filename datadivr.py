@@ -8,6 +8,7 @@
 #     "prometheus-client>=0.20.0",
 # ]
 # ///
+# ruff: noqa: E501
 """A WebSocket message server with an HTTP admin API, in one file.
 
 Copy this file into a project and run ``uvicorn datadivr:app``. Clients connect to ``/ws`` and send JSON messages
@@ -61,7 +62,15 @@ import time
 import uuid
 import zlib
 from collections import defaultdict, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 from enum import Enum
@@ -84,7 +93,7 @@ from typing_extensions import TypeVar
 
 __version__ = "1.0.0"
 
-# ---- Settings --------------------------------------------------------------------------------------------------------
+# ---- Settings ------------------------------------------------------------------------------------
 
 # RFC 9110, 5.6.2: what an Authorization header and a WebSocket subprotocol can both carry.
 Token = Annotated[str, Field(pattern=r"^[!#$%&'*+.^_`|~0-9A-Za-z-]+$")]
@@ -107,7 +116,9 @@ class Settings(BaseModel):
     protect_metrics: bool = False
     redis_url: Annotated[str, Field(pattern="^(rediss?|unix)://")] | None = None
     redis_prefix: str = "datadivr"
-    log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"], BeforeValidator(str.upper)] = "INFO"
+    log_level: Annotated[
+        Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"], BeforeValidator(str.upper)
+    ] = "INFO"
     log_format: Annotated[Literal["console", "json"], BeforeValidator(str.lower)] = "console"
 
 
@@ -118,7 +129,11 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
         ValueError: names each variable that is wrong, what was expected, and what came, but for what is secret.
 
     """
-    values = {name: value for name in Settings.model_fields if (value := environ.get(f"DATADIVR_{name.upper()}"))}
+    values = {
+        name: value
+        for name in Settings.model_fields
+        if (value := environ.get(f"DATADIVR_{name.upper()}"))
+    }
     try:
         return Settings.model_validate(values)
     except ValidationError as error:
@@ -134,19 +149,27 @@ settings = read_settings(os.environ)
 logger = structlog.get_logger("datadivr")
 
 if not structlog.is_configured():
-    _plain = structlog.dev.plain_traceback  # the default formatter shows local variables, and so payloads
+    _plain = (
+        structlog.dev.plain_traceback
+    )  # the default formatter shows local variables, and so payloads
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             *(
-                [structlog.dev.ConsoleRenderer(colors=sys.stdout.isatty(), exception_formatter=_plain)]
+                [
+                    structlog.dev.ConsoleRenderer(
+                        colors=sys.stdout.isatty(), exception_formatter=_plain
+                    )
+                ]
                 if settings.log_format == "console"
                 else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
             ),
         ],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[settings.log_level]),
+        wrapper_class=structlog.make_filtering_bound_logger(
+            logging.getLevelNamesMapping()[settings.log_level]
+        ),
     )
 
 
@@ -161,7 +184,7 @@ def warn(event: str, **fields: str) -> None:
     (logger.warning if first else logger.debug)(event, **fields)
 
 
-# ---- Messages --------------------------------------------------------------------------------------------------------
+# ---- Messages ------------------------------------------------------------------------------------
 
 EVERYBODY = ("all", "others")
 EventName = Annotated[str, Field(min_length=1, max_length=128)]
@@ -205,7 +228,9 @@ class ClientMessage(WebSocketMessage):
     event_name: UnreservedEventName
 
 
-def create_message(event_name: str, payload: Any, to: str, message: str | None = None) -> WebSocketMessage:
+def create_message(
+    event_name: str, payload: Any, to: str, message: str | None = None
+) -> WebSocketMessage:
     """Make a message from the server."""
     return WebSocketMessage(event_name=event_name, payload=payload, to=to, message=message)
 
@@ -235,7 +260,7 @@ def encode(message: WebSocketMessage) -> bytes:
     return WebSocketMessage.__pydantic_serializer__.to_json(message)
 
 
-# ---- Handlers --------------------------------------------------------------------------------------------------------
+# ---- Handlers ------------------------------------------------------------------------------------
 
 Answer = WebSocketMessage | None
 Handler = Callable[[WebSocketMessage], Answer | Awaitable[Answer]]
@@ -286,13 +311,20 @@ def _find_type(handler: Handler) -> type[WebSocketMessage] | None:
     """Return the kind of `WebSocketMessage` that a handler's parameter is annotated with; None for any."""
     try:
         parameter = next(iter(inspect.signature(handler, eval_str=True).parameters.values()))
-    except Exception:  # it has none, or is written in C, or its annotations are text that names what is not there
+    except (
+        Exception
+    ):  # it has none, or is written in C, or its annotations are text that names what is not there
         with suppress(ValueError):
             if "WebSocketMessage[" in str(inspect.signature(handler)):
                 raise
         return None
-    named = (parameter.annotation, *get_args(parameter.annotation))  # it may stand in Annotated, or with None
-    kinds = {kind for kind in named if isinstance(kind, type) and issubclass(kind, WebSocketMessage)}
+    named = (
+        parameter.annotation,
+        *get_args(parameter.annotation),
+    )  # it may stand in Annotated, or with None
+    kinds = {
+        kind for kind in named if isinstance(kind, type) and issubclass(kind, WebSocketMessage)
+    }
     return kinds.pop() if len(kinds) == 1 and WebSocketMessage not in kinds else None
 
 
@@ -319,13 +351,17 @@ async def handle_msg(message: WebSocketMessage) -> Answer:
         except ValidationError as error:
             raise InvalidPayload(describe(error)) from None
     with handler_seconds.labels(message.event_name).time():
-        if inspect.iscoroutinefunction(handler) or inspect.iscoroutinefunction(type(handler).__call__):
+        if inspect.iscoroutinefunction(handler) or inspect.iscoroutinefunction(
+            type(handler).__call__
+        ):
             result = handler(message)
         else:
             result = await run_in_threadpool(handler, message)
         answer = await result if inspect.isawaitable(result) else result
     if answer is not None and not isinstance(answer, WebSocketMessage):
-        raise TypeError(f"a handler returns a WebSocketMessage or None, not {type(answer).__name__}")
+        raise TypeError(
+            f"a handler returns a WebSocketMessage or None, not {type(answer).__name__}"
+        )
     return answer
 
 
@@ -356,14 +392,16 @@ def _sum(payload: Any) -> float:
         try:
             floats.append(float(number))
         except (TypeError, ValueError, OverflowError):
-            raise ValueError(f"payload.numbers[{index}]: expected a number that a float can hold") from None
+            raise ValueError(
+                f"payload.numbers[{index}]: expected a number that a float can hold"
+            ) from None
     with suppress(ValueError, OverflowError):
         if math.isfinite(total := math.fsum(floats)):
             return total
     raise ValueError("payload.numbers: expected a finite sum")
 
 
-# ---- Metrics ---------------------------------------------------------------------------------------------------------
+# ---- Metrics -------------------------------------------------------------------------------------
 
 MetricT = TypeVar("MetricT", Counter, Gauge, Histogram)
 REASONS = "client admin slow_client keepalive message_too_big server_stop".split()
@@ -392,20 +430,33 @@ def _metric(
     return metric
 
 
-clients_gauge = _metric(Gauge, "datadivr_clients", "Clients connected now.", multiprocess_mode="livesum")
+clients_gauge = _metric(
+    Gauge, "datadivr_clients", "Clients connected now.", multiprocess_mode="livesum"
+)
 connections_total = _metric(Counter, "datadivr_connections_total", "Clients that connected.")
 disconnections_total = _metric(
     Counter, "datadivr_disconnections_total", "Clients that went, by reason.", {"reason": REASONS}
 )
-messages_received_total = _metric(Counter, "datadivr_messages_received_total", "Messages received from clients.")
-messages_sent_total = _metric(Counter, "datadivr_messages_sent_total", "Messages delivered, one a client.")
-bytes_sent_total = _metric(Counter, "datadivr_bytes_sent_total", "Bytes sent to clients in messages and their headers.")
+messages_received_total = _metric(
+    Counter, "datadivr_messages_received_total", "Messages received from clients."
+)
+messages_sent_total = _metric(
+    Counter, "datadivr_messages_sent_total", "Messages delivered, one a client."
+)
+bytes_sent_total = _metric(
+    Counter, "datadivr_bytes_sent_total", "Bytes sent to clients in messages and their headers."
+)
 uncompressed_bytes_total = _metric(
-    Counter, "datadivr_uncompressed_bytes_total", "Bytes of the messages sent to clients, before compression."
+    Counter,
+    "datadivr_uncompressed_bytes_total",
+    "Bytes of the messages sent to clients, before compression.",
 )
 errors_total = _metric(Counter, "datadivr_errors_total", "Errors, by type.", {"type": ERROR_TYPES})
 handler_seconds = _metric(
-    Histogram, "datadivr_handler_seconds", "Seconds that a handler took.", {"event_name": _registry[HandlerType.SERVER]}
+    Histogram,
+    "datadivr_handler_seconds",
+    "Seconds that a handler took.",
+    {"event_name": _registry[HandlerType.SERVER]},
 )
 
 
@@ -421,7 +472,9 @@ def collect_metrics() -> CollectorRegistry:
         return REGISTRY
     for path in Path(folder).glob("gauge_live*_[0-9]*.db"):
         pid = int(path.stem.rpartition("_")[2])
-        with suppress(PermissionError, FileNotFoundError):  # it runs, as another user; another worker was first
+        with suppress(
+            PermissionError, FileNotFoundError
+        ):  # it runs, as another user; another worker was first
             try:
                 os.kill(pid, 0)
             except ProcessLookupError:
@@ -431,7 +484,7 @@ def collect_metrics() -> CollectorRegistry:
     return registry
 
 
-# ---- Clients ---------------------------------------------------------------------------------------------------------
+# ---- Clients -------------------------------------------------------------------------------------
 
 # The first byte of a frame: FIN and the opcode (RFC 6455, 5.2); RSV1 where it is compressed (RFC 7692, 6).
 TEXT, COMPRESSED_TEXT, CLOSE = 0x81, 0xC1, 0x88
@@ -464,7 +517,10 @@ def frame_compressed(payload: bytes) -> bytes:
 def choose_framing(protocol: Any) -> Framing:
     """Return what frames a client's messages; uvicorn's own compressor of it then keeps no context either."""
     for extension in protocol.conn.extensions if protocol and settings.compress_min_bytes else ():
-        if extension.name == "permessage-deflate" and extension.local_max_window_bits >= WINDOW_BITS:
+        if (
+            extension.name == "permessage-deflate"
+            and extension.local_max_window_bits >= WINDOW_BITS
+        ):
             extension.local_no_context_takeover = True
             vars(extension).pop("encoder", None)
             return frame_compressed
@@ -492,7 +548,9 @@ class AsgiTransport(asyncio.WriteTransport):
     WebSocket in `finish`: under granian a close from another task is lost while the endpoint receives.
     """
 
-    def __init__(self, websocket: WebSocket, receive: Receive, socket: asyncio.WriteTransport | None) -> None:
+    def __init__(
+        self, websocket: WebSocket, receive: Receive, socket: asyncio.WriteTransport | None
+    ) -> None:
         self._websocket = websocket
         self._receive = receive
         self._socket = socket
@@ -556,7 +614,9 @@ class AsgiTransport(asyncio.WriteTransport):
 
 @functools.cache
 def _warn_of_adapter(server: str) -> None:
-    logger.warning("fanout_through_asgi", server=server, hint=f"full speed needs {UVICORN_PROTOCOL}")
+    logger.warning(
+        "fanout_through_asgi", server=server, hint=f"full speed needs {UVICORN_PROTOCOL}"
+    )
 
 
 def open_transport(websocket: WebSocket) -> tuple[asyncio.WriteTransport, Receive, Any]:
@@ -574,7 +634,9 @@ def open_transport(websocket: WebSocket) -> tuple[asyncio.WriteTransport, Receiv
     return adapter, adapter.receive, None
 
 
-node_ids: dict[int, str] = globals().get("node_ids", {})  # by process: a fork is another node, a reload is not
+node_ids: dict[int, str] = globals().get(
+    "node_ids", {}
+)  # by process: a fork is another node, a reload is not
 
 
 def node_id() -> str:
@@ -594,7 +656,9 @@ def make_client_id() -> str:
 class Client:
     """One connected client. Users may read `id`, `address`, `connected_us` and the counts."""
 
-    def __init__(self, address: str, transport: asyncio.WriteTransport, log: "Log", protocol: Any = None) -> None:
+    def __init__(
+        self, address: str, transport: asyncio.WriteTransport, log: "Log", protocol: Any = None
+    ) -> None:
         self.id = make_client_id()
         self.address = address
         self.connected_us = time.time_ns() // 1000
@@ -604,7 +668,9 @@ class Client:
         self.log = log
         self.messages_received = 0
         self.sent_apart = 0  # what it was sent, less what its log holds
-        self.warned: frozenset[str] = frozenset()  # the kinds of errors that were logged as warnings
+        self.warned: frozenset[str] = (
+            frozenset()
+        )  # the kinds of errors that were logged as warnings
         self.tokens = float(settings.max_messages_per_second)
         self.refilled_at = self.limited_at = -math.inf
 
@@ -629,7 +695,9 @@ class Client:
             return True
         if now - self.limited_at >= 1:
             self.limited_at = now
-            self.report("rate_limited", f"More than {rate} messages a second: dropped.", "rate_limited")
+            self.report(
+                "rate_limited", f"More than {rate} messages a second: dropped.", "rate_limited"
+            )
         else:
             errors_total.labels("rate_limited").inc()
         return False
@@ -643,7 +711,9 @@ class Client:
         self.log.insert(self, encode(create_error_message(text, self.id, code)))
 
     def report_unknown(self) -> None:
-        self.report("unknown_recipient", "No client with the id in `to` is connected.", "unknown_recipient")
+        self.report(
+            "unknown_recipient", "No client with the id in `to` is connected.", "unknown_recipient"
+        )
 
     def disconnect(self, code: int, text: str, reason: str) -> None:
         """Send what was published so far and a close frame, and forget the client; nobody waits for it to read them."""
@@ -656,7 +726,9 @@ class Client:
         closed = self.protocol and self.protocol.conn.close_sent
         if not closed or self.protocol.conn.close_rcvd_then_sent:
             return "client"
-        return {1009: "message_too_big", 1011: "keepalive", 1012: "server_stop"}.get(closed.code, "client")
+        return {1009: "message_too_big", 1011: "keepalive", 1012: "server_stop"}.get(
+            closed.code, "client"
+        )
 
     def leave(self, reason: str, close_frame: bytes = b"") -> None:
         """Forget the client, however it went: the one way out. A socket that is not closed 2 s later is cut."""
@@ -677,9 +749,11 @@ class Client:
 clients: dict[str, Client] = globals().get("clients", {})  # a reload keeps those who are connected
 
 
-# ---- Fan-out ---------------------------------------------------------------------------------------------------------
+# ---- Fan-out -------------------------------------------------------------------------------------
 
-Edit = tuple[int, int, bytes | None]  # start and end in the turn's log, and the message in their place
+Edit = tuple[
+    int, int, bytes | None
+]  # start and end in the turn's log, and the message in their place
 GATHER_CLIENTS = 16  # with fewer, one more turn of the loop costs more than one more write a client
 GATHER_TURNS = 8
 GATHER_BYTES = 16384  # with more, clients have nothing to do while they wait for it
@@ -806,7 +880,10 @@ class Log(InLoop):
             form = forms.get(framing)
             if form is None:
                 frames = [framing(message) for message in messages]
-                form = forms[framing] = b"".join(frames), list(itertools.accumulate(map(len, frames), initial=0))
+                form = forms[framing] = (
+                    b"".join(frames),
+                    list(itertools.accumulate(map(len, frames), initial=0)),
+                )
             own = form[0]
             if client in edits:
                 own = apply_edits(*form, edits[client], client.framing)
@@ -823,8 +900,12 @@ class Log(InLoop):
     def _drop_slow_clients(self) -> None:
         for client in tuple(self.clients.values()):
             if client.buffered_bytes > settings.max_buffer_bytes:
-                logger.warning("slow_client_dropped", client_id=client.id, buffered_bytes=client.buffered_bytes)
-                client.leave("slow_client", frame(struct.pack("!H", 1013) + b"Too slow: reconnect", CLOSE))
+                logger.warning(
+                    "slow_client_dropped", client_id=client.id, buffered_bytes=client.buffered_bytes
+                )
+                client.leave(
+                    "slow_client", frame(struct.pack("!H", 1013) + b"Too slow: reconnect", CLOSE)
+                )
 
     def _sweep(self) -> None:
         """Forget clients whose connection has ended while they had bytes unsent: nobody else would tell of it."""
@@ -865,7 +946,9 @@ def deliver(to: str, data: bytes, sender: Client | None = None) -> int:
     return count
 
 
-def publish(message: WebSocketMessage, sender: Client | None = None, asker: Client | None = None) -> int:
+def publish(
+    message: WebSocketMessage, sender: Client | None = None, asker: Client | None = None
+) -> int:
     """Send a message to its `to`, wherever that is connected, and return how many clients of this process it addresses.
 
     "others" leaves the sender out; the asker is told where nobody has the id.
@@ -901,10 +984,12 @@ async def broadcast(message: WebSocketMessage, sender: WebSocket | None = None) 
         PydanticSerializationError: the payload holds something that JSON cannot.
 
     """
-    return publish(message, clients.get(sender.scope.get("datadivr.client_id", "")) if sender else None)
+    return publish(
+        message, clients.get(sender.scope.get("datadivr.client_id", "")) if sender else None
+    )
 
 
-# ---- Cluster ---------------------------------------------------------------------------------------------------------
+# ---- Cluster -------------------------------------------------------------------------------------
 
 # What one PUBLISH carries: a header (version, node, and how many messages that node had published on the channel), then
 # items: a kind, a length in bytes, and so many bytes.
@@ -917,8 +1002,12 @@ LOST_PROBES = 12  # without a word from Redis, after which it is lost
 BEHIND_SECONDS = 1.0  # a node whose own probe takes longer has a backlog to read
 STALLED_SECONDS = 0.25  # in which a client that reads has read something
 RETRY_SECONDS = 0.1
-REJOIN_SECONDS = 0.3  # after which the other nodes that lost Redis are back too, and hear what is published
-Told = Callable[[int | None], None]  # is told how many nodes heard an item, or None where it could not go
+REJOIN_SECONDS = (
+    0.3  # after which the other nodes that lost Redis are back too, and hear what is published
+)
+Told = Callable[
+    [int | None], None
+]  # is told how many nodes heard an item, or None where it could not go
 
 
 def open_pool(url: str) -> Any:
@@ -932,14 +1021,18 @@ def open_pool(url: str) -> Any:
     try:
         from redis.asyncio import ConnectionPool
     except ImportError:
-        raise RuntimeError("DATADIVR_REDIS_URL is set, but redis is not installed: pip install redis") from None
+        raise RuntimeError(
+            "DATADIVR_REDIS_URL is set, but redis is not installed: pip install redis"
+        ) from None
     own: dict[str, Any] = {"protocol": 2, "decode_responses": False, "encoding": "utf-8"}
     own |= {"socket_timeout": None, "socket_connect_timeout": None}
     try:
         made = ConnectionPool.from_url(url, **own)
         made.make_connection()  # type: ignore[no-untyped-call]
     except Exception:  # redis-py raises much for an option that it does not know, or not so
-        raise ValueError("DATADIVR_REDIS_URL: expected a URL and options that redis-py can read") from None
+        raise ValueError(
+            "DATADIVR_REDIS_URL: expected a URL and options that redis-py can read"
+        ) from None
     if changed := [name for name, value in own.items() if made.connection_kwargs[name] != value]:
         raise ValueError(f"DATADIVR_REDIS_URL: expected no option {', '.join(changed)}")
     return made
@@ -950,7 +1043,9 @@ pool: Any = open_pool(settings.redis_url) if settings.redis_url else None
 
 def find_node(client_id: str) -> str | None:
     """Return the other node that a client's id names, or None."""
-    named = re.fullmatch(r"([0-9a-f]{8})-[0-9a-f]{4}-8[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}", client_id)
+    named = re.fullmatch(
+        r"([0-9a-f]{8})-[0-9a-f]{4}-8[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}", client_id
+    )
     return named[1] if named and named[1] != node_id() else None
 
 
@@ -973,7 +1068,9 @@ def parse_batch(data: bytes) -> tuple[str, int, list[tuple[int, bytes]]]:
     except struct.error as error:
         raise ValueError(str(error)) from None
     if version != VERSION or end != len(data):
-        raise ValueError(f"expected a batch of version {VERSION!r}, got {len(data)} bytes that begin {data[:4]!r}")
+        raise ValueError(
+            f"expected a batch of version {VERSION!r}, got {len(data)} bytes that begin {data[:4]!r}"
+        )
     return node.decode(), sequence, items
 
 
@@ -1018,14 +1115,20 @@ class Link(InLoop):
         self.waiting_bytes = 0
         self.under_way: deque[Batch] = deque()
         self.woken = asyncio.Event()
-        self.published: defaultdict[str, int] = defaultdict(int)  # messages that Redis has taken, by channel
+        self.published: defaultdict[str, int] = defaultdict(
+            int
+        )  # messages that Redis has taken, by channel
         self.heard: dict[tuple[str, str], int] = {}  # the same of each other node
         self.probe_heard = 0.0  # when the last probe that came back was sent
-        self.patience = 0.0  # how late a probe may be until a backlog must be read, whoever falls behind
+        self.patience = (
+            0.0  # how late a probe may be until a backlog must be read, whoever falls behind
+        )
         self.unheard = self.unanswered = 0  # probes since either connection brought something
         self.answers: dict[int, asyncio.Queue[Any]] = {}
         self.numbers = itertools.count()
-        self.redis_up = _metric(Gauge, "datadivr_redis_up", "Whether Redis answers.", multiprocess_mode="livemin")
+        self.redis_up = _metric(
+            Gauge, "datadivr_redis_up", "Whether Redis answers.", multiprocess_mode="livemin"
+        )
         self.redis_up.set(0)
         self.task = self.loop.create_task(self._run())
 
@@ -1038,7 +1141,9 @@ class Link(InLoop):
 
     def _append(self, channel: str, kind: int, body: bytes, told: Told | None) -> None:
         lost = self.tried.is_set() and not self.up
-        if lost or (self.waiting_bytes and self.waiting_bytes + len(body) > settings.max_buffer_bytes):
+        if lost or (
+            self.waiting_bytes and self.waiting_bytes + len(body) > settings.max_buffer_bytes
+        ):
             dropped = Batch(channel)
             dropped.add(kind, body, told)
             return dropped.end(None)
@@ -1056,7 +1161,12 @@ class Link(InLoop):
             if nodes == 0 and asker:
                 asker.log.call(asker.report_unknown)
 
-        self.send(self.channel(node), TO_ONE, f"{client_id}{asker.id if asker else '':36}".encode() + data, told)
+        self.send(
+            self.channel(node),
+            TO_ONE,
+            f"{client_id}{asker.id if asker else '':36}".encode() + data,
+            told,
+        )
 
     async def confirm(self, channel: str, kind: int, body: bytes) -> int | None:
         """Publish an item and return how many nodes heard it; None if it could not go."""
@@ -1094,7 +1204,9 @@ class Link(InLoop):
         with suppress(TimeoutError):
             if not self.task.done():
                 await asyncio.wait_for(self.confirm(self.channel(node_id()), PROBE, self._now()), 1)
-        while not self.task.done():  # before Python 3.13 a TaskGroup swallows a cancel that meets an error
+        while (
+            not self.task.done()
+        ):  # before Python 3.13 a TaskGroup swallows a cancel that meets an error
             self.task.cancel()
             await asyncio.wait([self.task], timeout=RETRY_SECONDS)
         self.redis_up.set(0)
@@ -1106,10 +1218,14 @@ class Link(InLoop):
                 async with asyncio.timeout(LOST_PROBES * PROBE_SECONDS):
                     await publisher.connect()
                     await subscriber.connect()
-                    await subscriber.send_command("SUBSCRIBE", self.everybody, self.channel(node_id()))
+                    await subscriber.send_command(
+                        "SUBSCRIBE", self.everybody, self.channel(node_id())
+                    )
                     for _ in range(2):
                         await subscriber.read_response()
-                    await publisher.send_command("PUBLISH", self.channel(node_id()), HEADER.pack(*self.sign, 0))
+                    await publisher.send_command(
+                        "PUBLISH", self.channel(node_id()), HEADER.pack(*self.sign, 0)
+                    )
                     await publisher.read_response()
                 async with asyncio.TaskGroup() as tasks:
                     tasks.create_task(self._hear(subscriber))
@@ -1148,7 +1264,9 @@ class Link(InLoop):
         logger.info("redis_joined", node=node_id())
         while max(self.unheard, self.unanswered) < LOST_PROBES:
             self.send(self.channel(node_id()), PROBE, self._now())
-            await asyncio.sleep(PROBE_SECONDS)  # a count, not a clock: a process that was paused has not lost Redis
+            await asyncio.sleep(
+                PROBE_SECONDS
+            )  # a count, not a clock: a process that was paused has not lost Redis
             self.unheard += 1
             self.unanswered += 1
         raise TimeoutError(f"nothing heard for {LOST_PROBES * PROBE_SECONDS} s")
@@ -1164,13 +1282,17 @@ class Link(InLoop):
                 header = HEADER.pack(*self.sign, sequences[batch.channel])
                 commands.append(("PUBLISH", batch.channel, b"".join((header, *batch.items))))
                 sequences[batch.channel] += batch.messages
-            await publisher.send_packed_command(publisher.pack_commands(commands), check_health=False)
+            await publisher.send_packed_command(
+                publisher.pack_commands(commands), check_health=False
+            )
             while self.under_way:
                 nodes = await publisher.read_response()
                 self.unanswered = 0
                 batch = self.under_way.popleft()
                 self.waiting_bytes -= batch.size
-                if nodes:  # or a client could fill memory with the channels of nodes that it made up
+                if (
+                    nodes
+                ):  # or a client could fill memory with the channels of nodes that it made up
                     self.published[batch.channel] += batch.messages
                 batch.end(nodes)
 
@@ -1270,7 +1392,9 @@ def perform(request: Sequence[Any]) -> Any:
         case ["get", client_id] if client := clients.get(client_id):
             return describe_client(client)
         case ["disconnect", client_id] if client := clients.get(client_id):
-            return client.log.call(client.disconnect, 1008, "Disconnected by an administrator", "admin")
+            return client.log.call(
+                client.disconnect, 1008, "Disconnected by an administrator", "admin"
+            )
         case ["push", to, text]:
             return deliver(to, text.encode())
     return None
@@ -1281,13 +1405,15 @@ async def ask(to: str, *request: Any) -> tuple[list[Any], bool]:
     answers = [perform(request)]
     node = find_node(to)
     if (node or to in EVERYBODY) and (link := join()):
-        asked = asyncio.run_coroutine_threadsafe(link.ask(link.channel(node or "all"), request), link.loop)
+        asked = asyncio.run_coroutine_threadsafe(
+            link.ask(link.channel(node or "all"), request), link.loop
+        )
         others, partial = await asyncio.wrap_future(asked)
         return answers + others, partial
     return answers, False
 
 
-# ---- The WebSocket endpoint ------------------------------------------------------------------------------------------
+# ---- The WebSocket endpoint ----------------------------------------------------------------------
 
 YIELD_BYTES = 65536  # what one client may send before the others' turn comes
 YIELD_MESSAGES = 16
@@ -1315,17 +1441,28 @@ def _same_host(origin: str, host: str) -> bool:
 def _find_fault(websocket: WebSocket) -> Refusal | None:
     origin = websocket.headers.get("origin")
     if origin is not None and not (
-        {"*", origin.lower()} & set(settings.allowed_origins) or _same_host(origin, websocket.headers.get("host", ""))
+        {"*", origin.lower()} & set(settings.allowed_origins)
+        or _same_host(origin, websocket.headers.get("host", ""))
     ):
         hint = "add it to DATADIVR_ALLOWED_ORIGINS to let it in"
-        return 403, "origin_refused", f"Origin {origin} is not allowed.", {"origin": origin, "hint": hint}
+        return (
+            403,
+            "origin_refused",
+            f"Origin {origin} is not allowed.",
+            {"origin": origin, "hint": hint},
+        )
     if settings.client_token is not None:
         scheme, _, token = websocket.headers.get("authorization", "").partition(" ")
         offered = websocket.scope.get("subprotocols", [])
         if scheme.lower() != "bearer" and len(offered) == 2 and offered[0] == "bearer":
             scheme, token = offered
         if scheme.lower() != "bearer" or not _bearer_matches(token.strip(), settings.client_token):
-            return 401, "unauthorized", "A client token is needed.", {"hint": "it must bring DATADIVR_CLIENT_TOKEN"}
+            return (
+                401,
+                "unauthorized",
+                "A client token is needed.",
+                {"hint": "it must bring DATADIVR_CLIENT_TOKEN"},
+            )
     return None
 
 
@@ -1373,7 +1510,9 @@ async def handle_connection(websocket: WebSocket) -> None:
     log = logs.get(loop) or logs.setdefault(loop, Log(loop))
     address = f"{websocket.client.host}:{websocket.client.port}" if websocket.client else ""
     client = Client(address, transport, log, protocol)
-    clients[client.id] = client  # before anything is awaited, or more than DATADIVR_MAX_CLIENTS could come in
+    clients[client.id] = (
+        client  # before anything is awaited, or more than DATADIVR_MAX_CLIENTS could come in
+    )
     clients_gauge.inc()
     connections_total.inc()
     try:
@@ -1389,7 +1528,9 @@ async def handle_connection(websocket: WebSocket) -> None:
         if isinstance(transport, AsgiTransport):
             await transport.finish()
         else:
-            protocol.close_sent = True  # or uvicorn's stop would send a close frame after the one it has answered
+            protocol.close_sent = (
+                True  # or uvicorn's stop would send a close frame after the one it has answered
+            )
         await _announce(client, "$disconnect")
 
 
@@ -1450,10 +1591,15 @@ async def _handle(client: Client, message: WebSocketMessage) -> None:
     except (Exception, asyncio.CancelledError):
         if (task := asyncio.current_task()) and task.cancelling():
             raise  # it is this connection that is cancelled, not something that the handler awaited
-        client.report("handler_error", f"The handler of {message.event_name!r} failed.", "handler_error", exc_info=True)
+        client.report(
+            "handler_error",
+            f"The handler of {message.event_name!r} failed.",
+            "handler_error",
+            exc_info=True,
+        )
 
 
-# ---- The admin API ---------------------------------------------------------------------------------------------------
+# ---- The admin API -------------------------------------------------------------------------------
 
 
 class Detail(BaseModel):
@@ -1467,7 +1613,9 @@ class ClientInfo(BaseModel):
 
     id: str = Field(examples=["5f0c2a91-52d5-8cf0-9f5a-1c6e3d0a9b48"])
     node: str = Field(description="The process that holds it.", examples=["5f0c2a91"])
-    address: str = Field(description="Host and port of its end of the connection.", examples=["127.0.0.1:50514"])
+    address: str = Field(
+        description="Host and port of its end of the connection.", examples=["127.0.0.1:50514"]
+    )
     connected_at: datetime
     messages_received: int
     messages_sent: int
@@ -1478,8 +1626,12 @@ class ClientPage(BaseModel):
     """A page of the list of clients, oldest first."""
 
     total: int = Field(description="Clients connected now.")
-    next: str | None = Field(description="The `after` of the next page; null on the last.", examples=[None])
-    partial: bool = Field(description="Whether a node did not answer, so that its clients are missing.")
+    next: str | None = Field(
+        description="The `after` of the next page; null on the last.", examples=[None]
+    )
+    partial: bool = Field(
+        description="Whether a node did not answer, so that its clients are missing."
+    )
     clients: list[ClientInfo]
 
 
@@ -1496,7 +1648,9 @@ class Recipients(BaseModel):
     """How many clients a message was sent to."""
 
     recipients: int
-    partial: bool = Field(description="Whether a node did not answer, so that its clients are not counted.")
+    partial: bool = Field(
+        description="Whether a node did not answer, so that its clients are not counted."
+    )
 
 
 class Health(BaseModel):
@@ -1511,11 +1665,15 @@ def admin_token() -> str:
     if settings.admin_token is not None:
         return settings.admin_token
     token = secrets.token_urlsafe(32)
-    logger.warning("admin_token_generated", token=token, hint="set DATADIVR_ADMIN_TOKEN to choose it")
+    logger.warning(
+        "admin_token_generated", token=token, hint="set DATADIVR_ADMIN_TOKEN to choose it"
+    )
     return token
 
 
-_bearer = HTTPBearer(auto_error=False, description="DATADIVR_ADMIN_TOKEN, or the token that the server logged.")
+_bearer = HTTPBearer(
+    auto_error=False, description="DATADIVR_ADMIN_TOKEN, or the token that the server logged."
+)
 Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
 
 
@@ -1580,7 +1738,9 @@ async def _ask_owner(client_id: str, *request: Any) -> Any:
 @admin.get("/clients")
 async def list_clients(
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
-    after: Annotated[str, Query(pattern=r"^([0-9]{1,17}-[0-9a-f-]{36})?$", description="`next` of a page.")] = "",
+    after: Annotated[
+        str, Query(pattern=r"^([0-9]{1,17}-[0-9a-f-]{36})?$", description="`next` of a page.")
+    ] = "",
 ) -> ClientPage:
     """List the connected clients, oldest first."""
     since, _, last_id = after.partition("-")
@@ -1588,7 +1748,9 @@ async def list_clients(
     found = sorted((us, client["id"], client) for _, page in answers for us, client in page)
     more = "{}-{}".format(*found[limit - 1]) if len(found) > limit else None
     page = [client for _, _, client in found[:limit]]
-    return ClientPage(total=sum(count for count, _ in answers), next=more, partial=partial, clients=page)
+    return ClientPage(
+        total=sum(count for count, _ in answers), next=more, partial=partial, clients=page
+    )
 
 
 @admin.get("/clients/{client_id}", responses=NOT_FOUND)
@@ -1603,7 +1765,11 @@ async def disconnect_client(client_id: str) -> None:
     await _ask_owner(client_id, "disconnect", client_id)
 
 
-@admin.route("/clients/{client_id}", "HEAD OPTIONS PATCH POST PUT QUERY TRACE".split(), include_in_schema=False)
+@admin.route(
+    "/clients/{client_id}",
+    "HEAD OPTIONS PATCH POST PUT QUERY TRACE".split(),
+    include_in_schema=False,
+)
 async def _refuse_method(_: Request) -> NoReturn:
     # RFC 9110, 15.5.6: what the resource allows, while each of its two routes would name its own method alone
     raise HTTPException(405, headers={"Allow": "GET, DELETE"})
@@ -1617,7 +1783,11 @@ async def _refuse_method(_: Request) -> NoReturn:
         **NOT_FOUND,
         400: {"model": Detail},
         413: {"model": Detail, "content": {"text/plain": {"schema": {"type": "string"}}}},
-        422: {"content": {"application/json": {"schema": {"$ref": "#/components/schemas/HTTPValidationError"}}}},
+        422: {
+            "content": {
+                "application/json": {"schema": {"$ref": "#/components/schemas/HTTPValidationError"}}
+            }
+        },
     },
     openapi_extra={
         "requestBody": {
@@ -1639,12 +1809,17 @@ async def post_message(request: Request) -> Recipients:
         if error.errors()[0]["type"] == "json_invalid":
             raise HTTPException(400, describe(error)) from None
         details = error.errors(include_url=False, include_input=False)
-        raise RequestValidationError([{**detail, "loc": ("body", *detail["loc"])} for detail in details]) from None
+        raise RequestValidationError(
+            [{**detail, "loc": ("body", *detail["loc"])} for detail in details]
+        ) from None
     except ClientDisconnect:
         raise HTTPException(400, "The body ended early.") from None
     text = encode(WebSocketMessage(**dict(announcement))).decode()
     if announcement.to not in EVERYBODY:
-        return Recipients(recipients=await _ask_owner(announcement.to, "push", announcement.to, text), partial=False)
+        return Recipients(
+            recipients=await _ask_owner(announcement.to, "push", announcement.to, text),
+            partial=False,
+        )
     answers, partial = await ask("all", "push", "all", text)
     return Recipients(recipients=sum(answers), partial=partial)
 
@@ -1657,12 +1832,16 @@ async def post_message(request: Request) -> Recipients:
         401: {"content": {"application/json": {"schema": {"$ref": "#/components/schemas/Detail"}}}},
     },
     response_class=PlainTextResponse,
-    openapi_extra={"security": [{}]},  # DATADIVR_PROTECT_METRICS decides whether the token is needed
+    openapi_extra={
+        "security": [{}]
+    },  # DATADIVR_PROTECT_METRICS decides whether the token is needed
 )
 async def get_metrics(request: Request) -> Response:
     """Report the metrics in Prometheus' text format, or in OpenMetrics where that is asked for."""
     generate, content_type = choose_encoder(request.headers.get("accept", ""))
-    text = await asyncio.to_thread(lambda: generate(collect_metrics()))  # files of many workers take their time
+    text = await asyncio.to_thread(
+        lambda: generate(collect_metrics())
+    )  # files of many workers take their time
     return Response(text, media_type=content_type)
 
 
@@ -1696,10 +1875,12 @@ async def get_console() -> HTMLResponse:
         "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
         "require-trusted-types-for 'script'; trusted-types 'none'"
     )
-    return HTMLResponse(CONSOLE, headers={"Content-Security-Policy": policy, "Cache-Control": "no-cache"})
+    return HTMLResponse(
+        CONSOLE, headers={"Content-Security-Policy": policy, "Cache-Control": "no-cache"}
+    )
 
 
-# ---- The application -------------------------------------------------------------------------------------------------
+# ---- The application -----------------------------------------------------------------------------
 
 
 class App(FastAPI):
@@ -1718,11 +1899,15 @@ class App(FastAPI):
         return not _is_full() and not _find_fault(websocket)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "websocket" and self._admits(websocket := WebSocket(scope, receive, send)):
+        if scope["type"] == "websocket" and self._admits(
+            websocket := WebSocket(scope, receive, send)
+        ):
             await handle_connection(websocket)
             return
         await super().__call__(scope, receive, send)
-        for _ in range(200):  # uvicorn logs an error where this returns before a refused connection is lost
+        for _ in range(
+            200
+        ):  # uvicorn logs an error where this returns before a refused connection is lost
             if getattr(getattr(receive, "__self__", None), "handshake_complete", True):
                 break
             await asyncio.sleep(0.01)
@@ -1746,10 +1931,17 @@ def main() -> None:
     """Run the server: `python datadivr.py [--host HOST] [--port PORT]`."""
     import uvicorn
 
-    parser = argparse.ArgumentParser(description="A WebSocket message server with an HTTP admin API.")
+    parser = argparse.ArgumentParser(
+        description="A WebSocket message server with an HTTP admin API."
+    )
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8765)
-    uvicorn.run(app, ws_max_size=settings.max_message_bytes, timeout_graceful_shutdown=5, **vars(parser.parse_args()))
+    uvicorn.run(
+        app,
+        ws_max_size=settings.max_message_bytes,
+        timeout_graceful_shutdown=5,
+        **vars(parser.parse_args()),
+    )
 
 
 CONSOLE = r"""<!doctype html><html lang="en"><meta charset="utf-8"><title>datadivr console</title>

@@ -1,7 +1,7 @@
 """Tests of datadivr, in the order of its sections.
 
-Those that take `server` run against real servers, `datadivr` under each of them; those that take `live` against a
-uvicorn in a thread of this process; the others need no socket.
+Those that take `server` run against real servers, `datadivr` under each of them; those that take
+`live` against a uvicorn in a thread of this process; the others need no socket.
 """
 
 import ast
@@ -78,7 +78,7 @@ Json = dict[str, Any]
 Connect = Callable[..., ClientConnection]
 
 
-# ---- Helpers ---------------------------------------------------------------------------------------------------------
+# ---- Helpers -------------------------------------------------------------------------------------
 
 
 def wait_until(condition: Callable[[], Any], what: str, limit: float = LIMIT) -> None:
@@ -104,7 +104,12 @@ class Process:
     """A server in a process of its own, its output in `log`."""
 
     def __init__(
-        self, *command: str, program: str = sys.executable, cwd: Path = ROOT, port: int = 0, **variables: Any
+        self,
+        *command: str,
+        program: str = sys.executable,
+        cwd: Path = ROOT,
+        port: int = 0,
+        **variables: Any,
     ) -> None:
         self.port = port or free_port()
         self.output = io.StringIO()
@@ -183,7 +188,9 @@ def need(there: object, what: str) -> None:
 
 def find(program: str) -> str:
     """Return the path of a program, one of this environment first, that a test needs."""
-    path = shutil.which(program, path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    path = shutil.which(
+        program, path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    )
     need(path, program)
     return str(path)
 
@@ -280,7 +287,11 @@ def total(port: int) -> int:
 @pytest.fixture
 def registry(monkeypatch: pytest.MonkeyPatch) -> None:
     """Undo what a test registers."""
-    monkeypatch.setattr(datadivr, "_registry", {kind: dict(handlers) for kind, handlers in datadivr._registry.items()})
+    monkeypatch.setattr(
+        datadivr,
+        "_registry",
+        {kind: dict(handlers) for kind, handlers in datadivr._registry.items()},
+    )
 
 
 @pytest.fixture
@@ -323,7 +334,9 @@ def connect(request: pytest.FixtureRequest) -> Iterator[Connect]:
 
         def connect(path: str = "/ws", **options: Any) -> ClientConnection:
             url = f"ws://127.0.0.1:{running.port}{path}"
-            client: ClientConnection = stack.enter_context(dial(url, max_size=None, max_queue=None, **options))
+            client: ClientConnection = stack.enter_context(
+                dial(url, max_size=None, max_queue=None, **options)
+            )
             return client
 
         yield connect
@@ -354,7 +367,8 @@ APPLICATION = """
 
     @websocket_handler("thread")
     def thread(message):
-        return create_message("thread", threading.current_thread() is threading.main_thread(), message.from_id)
+        in_main = threading.current_thread() is threading.main_thread()
+        return create_message("thread", in_main, message.from_id)
 
     @websocket_handler("silent")
     async def silent(message):
@@ -393,7 +407,15 @@ APPLICATION = """
 """
 SERVERS = {
     "uvicorn": ["-m", "uvicorn", "application:app", "--port", "{port}"],
-    "uvicorn-asyncio": ["-m", "uvicorn", "application:app", "--port", "{port}", "--loop", "asyncio"],
+    "uvicorn-asyncio": [
+        "-m",
+        "uvicorn",
+        "application:app",
+        "--port",
+        "{port}",
+        "--loop",
+        "asyncio",
+    ],
     "uvicorn-wsproto": ["-m", "uvicorn", "application:app", "--port", "{port}", "--ws", "wsproto"],
     "hypercorn": ["-m", "hypercorn", "application:app", "--bind", "127.0.0.1:{port}"],
     "granian": ["-m", "granian", "application:app", "--interface", "asgi", "--port", "{port}"],
@@ -401,18 +423,25 @@ SERVERS = {
 
 
 @pytest.fixture(scope="session", params=SERVERS)
-def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+def server(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Process]:
     folder = tmp_path_factory.mktemp("application")
     (folder / "application.py").write_text(textwrap.dedent(APPLICATION))
     with Process(*SERVERS[request.param], cwd=folder) as process:
         process.wait_until_up()
         yield process
         process.stop()
-        for complaint in ("Exception in ASGI", "Error in ASGI", "callable raised an exception", "never retrieved"):
+        for complaint in (
+            "Exception in ASGI",
+            "Error in ASGI",
+            "callable raised an exception",
+            "never retrieved",
+        ):
             assert complaint not in process.log, process.log
 
 
-# ---- Settings --------------------------------------------------------------------------------------------------------
+# ---- Settings ------------------------------------------------------------------------------------
 
 
 def test_settings_have_the_documented_defaults() -> None:
@@ -451,12 +480,18 @@ def test_a_bad_token_stops_the_start_without_being_shown(variable: str) -> None:
 
 
 def test_an_empty_variable_counts_as_not_set() -> None:
-    assert datadivr.read_settings({"DATADIVR_ADMIN_TOKEN": "", "DATADIVR_MAX_CLIENTS": ""}) == datadivr.Settings()
+    assert (
+        datadivr.read_settings({"DATADIVR_ADMIN_TOKEN": "", "DATADIVR_MAX_CLIENTS": ""})
+        == datadivr.Settings()
+    )
 
 
 def test_origins_are_separated_by_commas() -> None:
     origins = {"DATADIVR_ALLOWED_ORIGINS": "https://a.example, http://B.example:8000"}
-    assert datadivr.read_settings(origins).allowed_origins == ("https://a.example", "http://b.example:8000")
+    assert datadivr.read_settings(origins).allowed_origins == (
+        "https://a.example",
+        "http://b.example:8000",
+    )
 
 
 def test_a_bad_setting_stops_the_server() -> None:
@@ -466,7 +501,7 @@ def test_a_bad_setting_stops_the_server() -> None:
     assert process.log.splitlines()[-1].startswith("ValueError: DATADIVR_MAX_CLIENTS: ")
 
 
-# ---- Messages --------------------------------------------------------------------------------------------------------
+# ---- Messages ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -484,24 +519,36 @@ def test_a_bad_setting_stops_the_server() -> None:
         "[" * 150 + "]" * 150,
     ],
 )
-def test_a_payload_comes_back_as_it_went_in(connect: Connect, server: Process, payload: str) -> None:
+def test_a_payload_comes_back_as_it_went_in(
+    connect: Connect, server: Process, payload: str
+) -> None:
     client = connect()
     client.send(f'{{"event_name": "echo", "payload": {payload}, "to": "all"}}')
     assert repr(hear(client)["payload"]) == repr(json.loads(payload))
 
 
 @pytest.mark.parametrize("payload", ["NaN", "Infinity", "-Infinity", "1e999"])
-def test_a_number_that_json_has_no_name_for_becomes_null(connect: Connect, server: Process, payload: str) -> None:
+def test_a_number_that_json_has_no_name_for_becomes_null(
+    connect: Connect, server: Process, payload: str
+) -> None:
     client = connect()
     client.send(f'{{"event_name": "echo", "payload": [{payload}], "to": "all"}}')
     assert hear(client)["payload"] == [None]
 
 
-def test_a_relayed_message_has_all_five_keys_and_its_senders_id(connect: Connect, server: Process) -> None:
+def test_a_relayed_message_has_all_five_keys_and_its_senders_id(
+    connect: Connect, server: Process
+) -> None:
     client = connect()
     client_id = id_of(client)
     client.send('{"event_name": "echo", "to": "all", "from_id": "somebody else", "colour": "red"}')
-    expected = {"event_name": "echo", "payload": None, "to": "all", "from_id": client_id, "message": None}
+    expected = {
+        "event_name": "echo",
+        "payload": None,
+        "to": "all",
+        "from_id": client_id,
+        "message": None,
+    }
     assert list(hear(client).items()) == list(expected.items())
 
 
@@ -533,13 +580,19 @@ def test_a_message_to_an_id_reaches_that_client_alone(connect: Connect, server: 
     assert [hear(client)["event_name"] for client in clients] == ["end"] * 3
 
 
-def test_a_message_to_an_unknown_id_gets_its_sender_an_error(connect: Connect, server: Process) -> None:
+def test_a_message_to_an_unknown_id_gets_its_sender_an_error(
+    connect: Connect, server: Process
+) -> None:
     client = connect()
-    expected = error(id_of(client), "unknown_recipient", "No client with the id in `to` is connected.")
+    expected = error(
+        id_of(client), "unknown_recipient", "No client with the id in `to` is connected."
+    )
     assert ask(client, "hello", to="nobody") == expected
 
 
-def test_messages_from_one_sender_arrive_in_order_mixed_with_direct_ones(connect: Connect, server: Process) -> None:
+def test_messages_from_one_sender_arrive_in_order_mixed_with_direct_ones(
+    connect: Connect, server: Process
+) -> None:
     sender, receiver = connect(), connect()
     receiver_id = id_of(receiver)
     for number in range(300):
@@ -547,7 +600,9 @@ def test_messages_from_one_sender_arrive_in_order_mixed_with_direct_ones(connect
     assert [hear(receiver)["payload"] for _ in range(300)] == list(range(300))
 
 
-def test_a_message_of_any_size_up_to_the_limit_arrives_whole(connect: Connect, server: Process) -> None:
+def test_a_message_of_any_size_up_to_the_limit_arrives_whole(
+    connect: Connect, server: Process
+) -> None:
     sender, receiver = connect(), connect()
     for size in (0, 1, 60, 125, 126, 40_000, 65_400, 65_536, 1_000_000):
         say(sender, "big", payload="x" * size)
@@ -556,12 +611,20 @@ def test_a_message_of_any_size_up_to_the_limit_arrives_whole(connect: Connect, s
 
 def test_create_message_is_from_the_server() -> None:
     message = datadivr.create_message("news", {"a": 1}, "all", "Hello.")
-    expected = {"event_name": "news", "payload": {"a": 1}, "to": "all", "from_id": "server", "message": "Hello."}
+    expected = {
+        "event_name": "news",
+        "payload": {"a": 1},
+        "to": "all",
+        "from_id": "server",
+        "message": "Hello.",
+    }
     assert message.model_dump() == expected
 
 
 def test_create_error_message_has_a_sentence_and_a_code() -> None:
-    assert datadivr.create_error_message("It broke.", "me").model_dump() == error("me", "error", "It broke.")
+    assert datadivr.create_error_message("It broke.", "me").model_dump() == error(
+        "me", "error", "It broke."
+    )
 
 
 @pytest.mark.parametrize("name", ["", "x" * 129])
@@ -570,13 +633,19 @@ def test_an_event_name_has_1_to_128_characters(name: str) -> None:
         WebSocketMessage(event_name=name)
 
 
-# ---- Handlers --------------------------------------------------------------------------------------------------------
+# ---- Handlers ------------------------------------------------------------------------------------
 
 
 def test_a_handlers_answer_goes_to_its_to(connect: Connect, server: Process) -> None:
     client = connect()
     client_id = id_of(client)
-    expected = {"event_name": "doubled", "payload": 42, "to": client_id, "from_id": "server", "message": None}
+    expected = {
+        "event_name": "doubled",
+        "payload": 42,
+        "to": client_id,
+        "from_id": "server",
+        "message": None,
+    }
     assert ask(client, "double", payload=21) == expected
 
 
@@ -600,14 +669,18 @@ def test_a_handler_that_fails_gets_its_sender_an_error_without_internals(
     assert ask(client, "double", payload=1)["payload"] == 2
 
 
-def test_an_answer_to_others_leaves_out_the_one_who_asked(connect: Connect, server: Process) -> None:
+def test_an_answer_to_others_leaves_out_the_one_who_asked(
+    connect: Connect, server: Process
+) -> None:
     asker, other = connect(), connect()
     say(asker, "tell_others", payload=1)
     assert hear(other)["event_name"] == "told"
     assert ask(asker, "double", payload=1)["event_name"] == "doubled"
 
 
-def test_a_handler_that_takes_long_holds_up_its_own_client_alone(connect: Connect, server: Process) -> None:
+def test_a_handler_that_takes_long_holds_up_its_own_client_alone(
+    connect: Connect, server: Process
+) -> None:
     slow, quick = connect(), connect()
     say(slow, "slow", payload=0.5)
     say(slow, "double", payload=1)
@@ -617,11 +690,19 @@ def test_a_handler_that_takes_long_holds_up_its_own_client_alone(connect: Connec
     assert [hear(slow)["event_name"] for _ in range(2)] == ["slept", "doubled"]
 
 
-def test_broadcast_from_a_route_returns_how_many_clients_it_addressed(connect: Connect, server: Process) -> None:
+def test_broadcast_from_a_route_returns_how_many_clients_it_addressed(
+    connect: Connect, server: Process
+) -> None:
     clients = [connect() for _ in range(3)]
     wait_until(lambda: total(server.port) == 3, "three clients")
     assert httpx.post(f"http://127.0.0.1:{server.port}/tell").json() == 3
-    expected = {"event_name": "news", "payload": 1, "to": "all", "from_id": "server", "message": None}
+    expected = {
+        "event_name": "news",
+        "payload": 1,
+        "to": "all",
+        "from_id": "server",
+        "message": None,
+    }
     assert [hear(client) for client in clients] == [expected] * 3
 
 
@@ -640,7 +721,11 @@ def test_whoami_answers_the_clients_own_id(connect: Connect, server: Process) ->
 def test_sum_event_answers_the_sum_as_a_float(connect: Connect, server: Process) -> None:
     client = connect()
     answer = ask(client, "sum_event", payload={"numbers": [1, "2", 3.5]})
-    assert (answer["event_name"], answer["payload"], answer["from_id"]) == ("sum_handler_result", 6.5, "server")
+    assert (answer["event_name"], answer["payload"], answer["from_id"]) == (
+        "sum_handler_result",
+        6.5,
+        "server",
+    )
 
 
 @pytest.mark.parametrize(
@@ -659,7 +744,9 @@ def test_sum_event_answers_the_sum_as_a_float(connect: Connect, server: Process)
 )
 def test_a_sum_of_something_else_gets_an_error_of_its_own(payload: Any, text: str) -> None:
     message = WebSocketMessage(event_name="sum_event", payload=payload, from_id="me")
-    assert asyncio.run(datadivr.sum_handler(message)).model_dump() == error("me", "invalid_payload", text)
+    assert asyncio.run(datadivr.sum_handler(message)).model_dump() == error(
+        "me", "invalid_payload", text
+    )
 
 
 def test_the_last_registration_of_a_name_wins(registry: None) -> None:
@@ -695,7 +782,9 @@ def test_each_type_of_handler_has_a_registry(
     @datadivr.websocket_handler("event", handler_type)
     async def handler(message: WebSocketMessage) -> None: ...
 
-    assert {kind for kind in HandlerType if datadivr.get_handlers(kind).get("event") is handler} == registered
+    assert {
+        kind for kind in HandlerType if datadivr.get_handlers(kind).get("event") is handler
+    } == registered
 
 
 def test_an_object_with_a_coroutine_method_is_a_handler(registry: None) -> None:
@@ -723,7 +812,9 @@ PointMessage = WebSocketMessage[Point]
 
 
 async def by_annotation(message: WebSocketMessage[Point]) -> WebSocketMessage:
-    return datadivr.create_message("point", assert_type(message.payload.x, int) + 1, message.from_id)
+    return datadivr.create_message(
+        "point", assert_type(message.payload.x, int) + 1, message.from_id
+    )
 
 
 async def by_text(message: "WebSocketMessage[Point]") -> WebSocketMessage:
@@ -743,7 +834,10 @@ def test_a_typed_handler_gets_its_payload_validated(
     client_id = id_of(client)
     assert ask(client, "point", payload={"x": 1, "when": "2026-01-01T00:00:00Z"})["payload"] == 2
     for payload, text in [
-        ({"x": "secret"}, "payload.x: Input should be a valid integer, unable to parse string as an integer"),
+        (
+            {"x": "secret"},
+            "payload.x: Input should be a valid integer, unable to parse string as an integer",
+        ),
         ({"when": 5}, "payload.x: Field required"),
         (None, "payload: Input should be an object"),
     ]:
@@ -773,7 +867,9 @@ async def handled(event_name: str, payload: Any) -> WebSocketMessage | None:
     return await datadivr.handle_msg(WebSocketMessage(event_name=event_name, payload=payload))
 
 
-def test_a_fault_of_a_typed_handlers_own_is_not_its_senders(registry: None, logged: list[Any]) -> None:
+def test_a_fault_of_a_typed_handlers_own_is_not_its_senders(
+    registry: None, logged: list[Any]
+) -> None:
     @datadivr.websocket_handler("point")
     async def point(message: WebSocketMessage[Point]) -> None:
         Point.model_validate({})
@@ -783,7 +879,9 @@ def test_a_fault_of_a_typed_handlers_own_is_not_its_senders(registry: None, logg
         assert client.receive_json()["payload"] == {"code": "handler_error"}
 
 
-def test_a_handler_whose_type_is_not_there_is_refused_and_one_without_type_is_not(registry: None) -> None:
+def test_a_handler_whose_type_is_not_there_is_refused_and_one_without_type_is_not(
+    registry: None,
+) -> None:
     async def typed(message: "WebSocketMessage[Nowhere]") -> None: ...  # type: ignore[name-defined]  # noqa: F821
 
     async def untyped(message: "Nowhere") -> None: ...  # type: ignore[name-defined]  # noqa: F821
@@ -825,7 +923,9 @@ def test_broadcast_with_a_sender_leaves_it_out_of_the_others(connect: Connect, l
         async def greet() -> None:
             while "datadivr.client_id" not in websocket.scope:  # noqa: ASYNC110  # there is no event for it
                 await asyncio.sleep(0)
-            counts.append(await datadivr.broadcast(WebSocketMessage(event_name="greeting"), websocket))
+            counts.append(
+                await datadivr.broadcast(WebSocketMessage(event_name="greeting"), websocket)
+            )
 
         greeter = asyncio.create_task(greet())
         await datadivr.handle_connection(websocket)
@@ -846,16 +946,35 @@ def test_broadcast_refuses_what_json_cannot_hold(live: Live, connect: Connect) -
         asyncio.run(datadivr.broadcast(WebSocketMessage(event_name="x", payload=object())))
 
 
-# ---- Metrics ---------------------------------------------------------------------------------------------------------
+# ---- Metrics -------------------------------------------------------------------------------------
 
 
 def test_every_series_is_there_from_the_start() -> None:
-    script = "import datadivr, prometheus_client; print(prometheus_client.generate_latest().decode())"
-    text = subprocess.run([sys.executable, "-c", script], env=environment(), capture_output=True, text=True).stdout
-    series = dict(re.findall(r"^datadivr_(?!\S*(?:_created|_bucket|_sum))(\S+) (\S+)$", text, re.MULTILINE))
+    script = (
+        "import datadivr, prometheus_client; print(prometheus_client.generate_latest().decode())"
+    )
+    text = subprocess.run(
+        [sys.executable, "-c", script], env=environment(), capture_output=True, text=True
+    ).stdout
+    series = dict(
+        re.findall(r"^datadivr_(?!\S*(?:_created|_bucket|_sum))(\S+) (\S+)$", text, re.MULTILINE)
+    )
     reasons = ["client", "admin", "slow_client", "keepalive", "message_too_big", "server_stop"]
-    types = ["invalid_message", "invalid_payload", "unknown_recipient", "handler_error", "rate_limited"]
-    types += ["message_too_big", "slow_client", "origin_refused", "unauthorized", "too_many_clients", "redis"]
+    types = [
+        "invalid_message",
+        "invalid_payload",
+        "unknown_recipient",
+        "handler_error",
+        "rate_limited",
+    ]
+    types += [
+        "message_too_big",
+        "slow_client",
+        "origin_refused",
+        "unauthorized",
+        "too_many_clients",
+        "redis",
+    ]
     assert series == dict.fromkeys(
         [
             "clients",
@@ -875,7 +994,11 @@ def test_every_series_is_there_from_the_start() -> None:
 def test_the_metrics_agree_with_what_was_done(connect: Connect, live: Live) -> None:
     before = metrics(live.port)
     sender, receiver = connect(), connect()
-    size = len(datadivr.frame(datadivr.encode(WebSocketMessage(event_name="m", from_id=id_of(sender), to="all"))))
+    size = len(
+        datadivr.frame(
+            datadivr.encode(WebSocketMessage(event_name="m", from_id=id_of(sender), to="all"))
+        )
+    )
     id_of(receiver)
     middle = metrics(live.port)
     for _ in range(5):
@@ -891,7 +1014,11 @@ def test_the_metrics_agree_with_what_was_done(connect: Connect, live: Live) -> N
     assert (after["clients"], change("connections_total", before)) == (2, 2)
     assert change("messages_received_total", middle) == 6
     assert change("messages_sent_total", middle) == 11
-    error_size = len(datadivr.frame(json.dumps(error("x" * 36, "unknown_recipient", "")).replace(" ", "").encode()))
+    error_size = len(
+        datadivr.frame(
+            json.dumps(error("x" * 36, "unknown_recipient", "")).replace(" ", "").encode()
+        )
+    )
     assert change("bytes_sent_total", middle) == 10 * size + error_size + len(
         "No client with the id in `to` is connected."
     )
@@ -921,7 +1048,7 @@ def test_a_second_copy_and_a_reload_share_the_series() -> None:
     subprocess.run([sys.executable, "-c", textwrap.dedent(script)], env=environment(), check=True)
 
 
-# ---- Clients ---------------------------------------------------------------------------------------------------------
+# ---- Clients -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("length", [0, 125, 126, 65535, 65536])
@@ -935,12 +1062,16 @@ def test_a_frame_is_as_rfc_6455_says_and_can_be_cut_back(length: int) -> None:
 Payloads = st.one_of(
     st.binary(max_size=3000),
     st.binary(min_size=1, max_size=20).map(lambda part: part * 200),
-    st.sampled_from([b"", b"x" * 1023, b"x" * 1024, b"x" * 70_000, random.Random(0).randbytes(70_000)]),
+    st.sampled_from(
+        [b"", b"x" * 1023, b"x" * 1024, b"x" * 70_000, random.Random(0).randbytes(70_000)]
+    ),
 )
 
 
 @hypothesis.settings(deadline=None)
-@hypothesis.given(payloads=st.lists(st.tuples(Payloads, st.booleans()), max_size=10), window=st.integers(12, 15))
+@hypothesis.given(
+    payloads=st.lists(st.tuples(Payloads, st.booleans()), max_size=10), window=st.integers(12, 15)
+)
 def test_a_compressed_frame_needs_nothing_of_what_came_before_it(
     payloads: list[tuple[bytes, bool]], window: int
 ) -> None:
@@ -953,12 +1084,16 @@ def test_a_compressed_frame_needs_nothing_of_what_came_before_it(
         assert len(sent) < len(payload) if shrinks else sent == payload
 
 
-@pytest.mark.parametrize(("length", "first"), [(1023, datadivr.TEXT), (1024, datadivr.COMPRESSED_TEXT)])
+@pytest.mark.parametrize(
+    ("length", "first"), [(1023, datadivr.TEXT), (1024, datadivr.COMPRESSED_TEXT)]
+)
 def test_a_message_is_compressed_from_the_shortest_length_on(length: int, first: int) -> None:
     assert datadivr.frame_compressed(b"x" * length)[0] == first
 
 
-def test_a_client_that_does_not_read_is_dropped_and_the_others_are_not(connect: Connect, server: Process) -> None:
+def test_a_client_that_does_not_read_is_dropped_and_the_others_are_not(
+    connect: Connect, server: Process
+) -> None:
     before = metrics(server.port)
     reader = connect()
     payload = "x" * 900_000
@@ -970,7 +1105,10 @@ def test_a_client_that_does_not_read_is_dropped_and_the_others_are_not(connect: 
                 break
         assert id_of(reader)
         after = metrics(server.port)
-        for name in ('errors_total{type="slow_client"}', 'disconnections_total{reason="slow_client"}'):
+        for name in (
+            'errors_total{type="slow_client"}',
+            'disconnections_total{reason="slow_client"}',
+        ):
             assert after[name] - before[name] == 1
         assert re.search(r"slow_client_dropped +buffered_bytes=\d+ +client_id=", server.log)
 
@@ -982,7 +1120,9 @@ def stall(port: int, client_id: str) -> None:
         for _ in range(100):
             api.post("/messages", json=fill)
             while unsent := api.get(f"/clients/{client_id}").json()["buffered_bytes"]:
-                time.sleep(0.1)  # the system may still take some: an acknowledgment is delayed by 40 ms
+                time.sleep(
+                    0.1
+                )  # the system may still take some: an acknowledgment is delayed by 40 ms
                 if api.get(f"/clients/{client_id}").json()["buffered_bytes"] == unsent:
                     return
     raise AssertionError("the client reads")
@@ -999,8 +1139,10 @@ def own_id(client: socket.socket) -> str:
 
 
 def reasons() -> dict[str, float]:
-    """Return how many clients of this process's servers went for which reason, without the zeros."""
-    samples = [sample for metric in datadivr.disconnections_total.collect() for sample in metric.samples]
+    """Return how many clients of this process went for which reason, without the zeros."""
+    samples = [
+        sample for metric in datadivr.disconnections_total.collect() for sample in metric.samples
+    ]
     return {s.labels["reason"]: s.value for s in samples if s.name.endswith("_total") and s.value}
 
 
@@ -1009,7 +1151,9 @@ def ended() -> Callable[[], dict[str, float]]:
     """Return a function that tells the reasons that were counted since the test began."""
     before = reasons()
     return lambda: {
-        name: value - before.get(name, 0) for name, value in reasons().items() if value > before.get(name, 0)
+        name: value - before.get(name, 0)
+        for name, value in reasons().items()
+        if value > before.get(name, 0)
     }
 
 
@@ -1017,14 +1161,19 @@ def test_a_client_that_stalls_below_the_limit_is_gone_once_the_keepalive_gives_i
     ended: Callable[[], dict[str, float]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(datadivr, "CLOSE_SECONDS", 0.5)
-    with Live(ws_ping_interval=0.5, ws_ping_timeout=0.5) as live, raw_client(live.port, buffer=4096) as stalled:
+    with (
+        Live(ws_ping_interval=0.5, ws_ping_timeout=0.5) as live,
+        raw_client(live.port, buffer=4096) as stalled,
+    ):
         stall(live.port, own_id(stalled))
         wait_until(lambda: not datadivr.clients, "the keepalive")
         wait_until(lambda: not live.server.server_state.connections, "the socket's end")
     assert ended() == {"keepalive": 1}
 
 
-def test_a_client_that_vanished_is_counted_as_given_up_by_the_keepalive(ended: Callable[[], dict[str, float]]) -> None:
+def test_a_client_that_vanished_is_counted_as_given_up_by_the_keepalive(
+    ended: Callable[[], dict[str, float]],
+) -> None:
     with Live(ws_ping_interval=0.1, ws_ping_timeout=0.1) as live, raw_client(live.port):
         wait_until(lambda: ended() == {"keepalive": 1}, "the keepalive")
 
@@ -1037,7 +1186,9 @@ def test_a_client_does_not_choose_the_reason_that_is_counted(
     wait_until(lambda: ended() == {"client": 1}, "its end")
 
 
-def test_a_message_over_uvicorns_own_limit_is_counted(ended: Callable[[], dict[str, float]]) -> None:
+def test_a_message_over_uvicorns_own_limit_is_counted(
+    ended: Callable[[], dict[str, float]],
+) -> None:
     errors = datadivr.errors_total.labels("message_too_big")
     before = errors._value.get()
     with Live(ws_max_size=1000) as live, raw_client(live.port) as client:
@@ -1053,7 +1204,9 @@ def test_clients_that_the_stop_closed_are_counted(ended: Callable[[], dict[str, 
     assert ended() == {"server_stop": 1}
 
 
-def test_a_stop_after_a_stalled_clients_own_close_is_clean(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_stop_after_a_stalled_clients_own_close_is_clean(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     with contextlib.ExitStack() as afterwards, Live() as live:
         stalled = afterwards.enter_context(raw_client(live.port, buffer=4096))
         stall(live.port, own_id(stalled))
@@ -1062,7 +1215,9 @@ def test_a_stop_after_a_stalled_clients_own_close_is_clean(caplog: pytest.LogCap
     assert "InvalidState" not in caplog.text
 
 
-def test_a_flood_from_one_client_leaves_the_others_their_turn(server: Process, connect: Connect) -> None:
+def test_a_flood_from_one_client_leaves_the_others_their_turn(
+    server: Process, connect: Connect
+) -> None:
     flooder, one, other = raw_client(server.port), connect(), connect()
     one_id = id_of(one)
     flood = masked('{"event_name": "x", "to": "nobody"}') * 20_000
@@ -1072,7 +1227,10 @@ def test_a_flood_from_one_client_leaves_the_others_their_turn(server: Process, c
             while flooder.recv(1 << 20):
                 pass
 
-    threads = [threading.Thread(target=read), threading.Thread(target=flooder.sendall, args=(flood,))]
+    threads = [
+        threading.Thread(target=read),
+        threading.Thread(target=flooder.sendall, args=(flood,)),
+    ]
     for thread in threads:
         thread.start()
     times: list[float] = []
@@ -1088,7 +1246,7 @@ def test_a_flood_from_one_client_leaves_the_others_their_turn(server: Process, c
     assert max(times) < 2  # a generous limit; the benchmark has the measured one
 
 
-# ---- Fan-out ---------------------------------------------------------------------------------------------------------
+# ---- Fan-out -------------------------------------------------------------------------------------
 
 
 class FakeLoop:
@@ -1133,7 +1291,11 @@ def fake_client(
 
 def inflated(first: int, payload: bytes, inflater: Any) -> bytes:
     """Return what a frame holds, as a client reads it (RFC 7692, 7.2.2) that keeps its context."""
-    return bytes(inflater.decompress(payload + b"\0\0\xff\xff")) if first == datadivr.COMPRESSED_TEXT else payload
+    return (
+        bytes(inflater.decompress(payload + b"\0\0\xff\xff"))
+        if first == datadivr.COMPRESSED_TEXT
+        else payload
+    )
 
 
 class FakeTransport(asyncio.WriteTransport):
@@ -1176,7 +1338,11 @@ class FanOut(RuleBasedStateMachine):
         self.before = self._counted()
 
     def _counted(self) -> list[float]:
-        counters = datadivr.messages_sent_total, datadivr.bytes_sent_total, datadivr.uncompressed_bytes_total
+        counters = (
+            datadivr.messages_sent_total,
+            datadivr.bytes_sent_total,
+            datadivr.uncompressed_bytes_total,
+        )
         return [counter._value.get() for counter in counters]
 
     def _message(self, long: bool) -> bytes:
@@ -1268,7 +1434,11 @@ class FanOut(RuleBasedStateMachine):
 
     @invariant()
     def registry_is_right(self) -> None:
-        assert set(self.log.clients) == {client.id for client in self.expected} == set(datadivr.clients)
+        assert (
+            set(self.log.clients)
+            == {client.id for client in self.expected}
+            == set(datadivr.clients)
+        )
 
     def teardown(self) -> None:
         self.flush()
@@ -1276,7 +1446,9 @@ class FanOut(RuleBasedStateMachine):
             client.leave("client")
 
 
-FanOut.TestCase.settings = hypothesis.settings(max_examples=60, stateful_step_count=40, deadline=None)
+FanOut.TestCase.settings = hypothesis.settings(
+    max_examples=60, stateful_step_count=40, deadline=None
+)
 TestFanOut = pytest.mark.usefixtures("logged")(FanOut.TestCase)
 
 
@@ -1333,7 +1505,7 @@ def test_a_turn_larger_than_the_limit_drops_nobody_who_keeps_up(crowd: Crowd) ->
     assert len(log.clients) == len(transports)
 
 
-# ---- Cluster ---------------------------------------------------------------------------------------------------------
+# ---- Cluster -------------------------------------------------------------------------------------
 
 
 class RedisServer:
@@ -1347,11 +1519,22 @@ class RedisServer:
         self.start()
 
     def start(self) -> None:
-        command = ["redis-server", "--port", str(self.port), "--save", "", "--appendonly", "no", *self.options]
+        command = [
+            "redis-server",
+            "--port",
+            str(self.port),
+            "--save",
+            "",
+            "--appendonly",
+            "no",
+            *self.options,
+        ]
         self.popen = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         self.client = redis.Redis(port=self.port)
         with socket.socket() as probe:
-            wait_until(lambda: probe.connect_ex(("127.0.0.1", self.port)) == 0, "redis-server to start")
+            wait_until(
+                lambda: probe.connect_ex(("127.0.0.1", self.port)) == 0, "redis-server to start"
+            )
 
     def kill(self) -> None:
         self.client.close()
@@ -1368,7 +1551,9 @@ class RedisServer:
 class Node(Process):
     """One process of a cluster."""
 
-    def __init__(self, url: str, folder: Path = ROOT, app: str = "datadivr:app", **variables: Any) -> None:
+    def __init__(
+        self, url: str, folder: Path = ROOT, app: str = "datadivr:app", **variables: Any
+    ) -> None:
         command = ["-m", "uvicorn", app, "--port", "{port}", "--log-level", "warning"]
         super().__init__(*command, cwd=folder, DATADIVR_REDIS_URL=url, **variables)
         self.wait_until_up()
@@ -1413,7 +1598,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 def pair(cluster: Cluster) -> Iterator[Pair]:
     """Connect a client to each of the two nodes."""
     _, one, two = cluster
-    wait_until(lambda: one.joined and two.joined and not one.ids() | two.ids(), "the last test's clients to go")
+    wait_until(
+        lambda: one.joined and two.joined and not one.ids() | two.ids(),
+        "the last test's clients to go",
+    )
     with dial_node(one) as here, dial_node(two) as there:
         yield here, there
 
@@ -1434,7 +1622,9 @@ def test_a_message_reaches_the_clients_of_every_node(pair: Pair, to: str) -> Non
     assert hear(here)["event_name"] == "last"
 
 
-def test_a_message_to_an_id_reaches_that_client_on_another_node_alone(pair: Pair, cluster: Cluster) -> None:
+def test_a_message_to_an_id_reaches_that_client_on_another_node_alone(
+    pair: Pair, cluster: Cluster
+) -> None:
     here, there = pair
     with dial_node(cluster[2]) as bystander:
         client_id = id_of(here)
@@ -1459,7 +1649,9 @@ def test_a_handlers_answer_to_others_reaches_other_nodes(pair: Pair) -> None:
     assert ask(here, "double", payload=4)["to"] == client_id
 
 
-def test_broadcast_reaches_every_node_and_returns_this_nodes_count(pair: Pair, cluster: Cluster) -> None:
+def test_broadcast_reaches_every_node_and_returns_this_nodes_count(
+    pair: Pair, cluster: Cluster
+) -> None:
     here, there = pair
     id_of(here), id_of(there)
     assert cluster[1].api.post("/tell").json() == 1
@@ -1471,7 +1663,10 @@ def test_an_announcement_counts_the_clients_of_all_nodes(pair: Pair, cluster: Cl
     id_of(here)
     for to, reached in (("all", 2), (id_of(there), 1)):
         answer = cluster[1].api.post("/messages", json={"event_name": "news", "to": to})
-        assert (answer.status_code, answer.json()) == (202, {"recipients": reached, "partial": False})
+        assert (answer.status_code, answer.json()) == (
+            202,
+            {"recipients": reached, "partial": False},
+        )
         assert hear(there)["event_name"] == "news"
     assert hear(here)["to"] == "all"
 
@@ -1485,13 +1680,17 @@ def test_one_senders_messages_arrive_in_order_on_other_nodes(pair: Pair) -> None
 
 
 @pytest.mark.parametrize("named", ["a client that left", "a node that is not there"])
-def test_a_message_to_an_id_that_is_nowhere_gets_its_sender_an_error(pair: Pair, cluster: Cluster, named: str) -> None:
+def test_a_message_to_an_id_that_is_nowhere_gets_its_sender_an_error(
+    pair: Pair, cluster: Cluster, named: str
+) -> None:
     here, there = pair
     client_id, there_id = id_of(here), id_of(there)
     unknown = there_id[:-8] + "00000000" if "client" in named else "00000000" + there_id[8:]
     text = "No client with the id in `to` is connected."
     assert ask(here, "m", to=unknown) == error(client_id, "unknown_recipient", text)
-    assert cluster[1].api.post("/messages", json={"event_name": "m", "to": unknown}).status_code == 404
+    assert (
+        cluster[1].api.post("/messages", json={"event_name": "m", "to": unknown}).status_code == 404
+    )
     assert cluster[1].api.get(f"/clients/{unknown}").status_code == 404
 
 
@@ -1513,7 +1712,10 @@ def test_a_client_is_disconnected_from_any_node(pair: Pair, cluster: Cluster) ->
     url = f"/clients/{id_of(there)}"
     assert cluster[1].api.delete(url).status_code == 204
     assert close_code(there) == 1008
-    assert [cluster[1].api.delete(url).status_code, cluster[1].api.get(url).status_code] == [404, 404]
+    assert [cluster[1].api.delete(url).status_code, cluster[1].api.get(url).status_code] == [
+        404,
+        404,
+    ]
 
 
 def test_a_walk_misses_no_steady_client_while_others_come_and_go(cluster: Cluster) -> None:
@@ -1652,8 +1854,13 @@ def test_while_redis_is_down_each_node_answers_for_itself(pair: Pair, cluster: C
         assert one.api.get(f"/clients/{there_id}").status_code == 503
         assert one.api.delete(f"/clients/{there_id}").status_code == 503
         counted = one.redis_errors
-        assert one.api.post("/messages", json={"event_name": "m", "to": there_id}).status_code == 503
-        assert one.api.post("/messages", json={"event_name": "m"}).json() == {"recipients": 1, "partial": True}
+        assert (
+            one.api.post("/messages", json={"event_name": "m", "to": there_id}).status_code == 503
+        )
+        assert one.api.post("/messages", json={"event_name": "m"}).json() == {
+            "recipients": 1,
+            "partial": True,
+        }
         assert hear(here)["event_name"] == "m"
         say(here, "m", to=there_id)
         assert ask(here, "last", to="all")["event_name"] == "last"  # no error came before it
@@ -1694,7 +1901,9 @@ def test_a_server_starts_without_redis_and_joins_when_it_appears() -> None:
 
 
 @pytest.mark.parametrize("kind", ["normal", "pubsub"])
-def test_a_killed_connection_is_noticed_counted_and_replaced(pair: Pair, cluster: Cluster, kind: str) -> None:
+def test_a_killed_connection_is_noticed_counted_and_replaced(
+    pair: Pair, cluster: Cluster, kind: str
+) -> None:
     server, one, two = cluster
     here, there = pair
 
@@ -1702,7 +1911,10 @@ def test_a_killed_connection_is_noticed_counted_and_replaced(pair: Pair, cluster
         before = one.redis_errors, two.redis_errors
         server.client.client_kill_filter(_type=kind, skipme=True)
         start = time.monotonic()
-        wait_until(lambda: one.redis_errors > before[0] and two.redis_errors > before[1], "it to be noticed")
+        wait_until(
+            lambda: one.redis_errors > before[0] and two.redis_errors > before[1],
+            "it to be noticed",
+        )
         wait_until(lambda: one.joined and two.joined, "their return")
         return time.monotonic() - start
 
@@ -1720,7 +1932,9 @@ def paused(node: Node) -> Iterator[None]:
         node.popen.send_signal(signal.SIGCONT)
 
 
-def test_a_node_that_does_not_answer_is_left_out_after_a_second(pair: Pair, cluster: Cluster) -> None:
+def test_a_node_that_does_not_answer_is_left_out_after_a_second(
+    pair: Pair, cluster: Cluster
+) -> None:
     _, one, two = cluster
     here_id, there_id = (id_of(client) for client in pair)
     with paused(two):
@@ -1731,7 +1945,9 @@ def test_a_node_that_does_not_answer_is_left_out_after_a_second(pair: Pair, clus
         assert one.api.get(f"/clients/{there_id}").status_code == 503
 
 
-def test_a_node_that_was_paused_catches_up_and_drops_nobody_who_reads(pair: Pair, cluster: Cluster) -> None:
+def test_a_node_that_was_paused_catches_up_and_drops_nobody_who_reads(
+    pair: Pair, cluster: Cluster
+) -> None:
     server, one, two = cluster
     sender, there = pair
     counted = two.redis_errors
@@ -1749,7 +1965,8 @@ def test_a_node_that_was_paused_catches_up_and_drops_nobody_who_reads(pair: Pair
         with paused(two):
             for number in range(300):  # 15 MB, and a client's buffer holds 1
                 ask(sender, "n", payload=number, to="all", message="x" * 50_000 + "|")
-                server.client.ping()  # no faster than Redis, or the sender's node drops what it has no room for
+                # No faster than Redis, or the sender's node drops what it has no room for.
+                server.client.ping()
             wait_until(lambda: one.api.get("/clients").json()["partial"], "a second to pass")
         assert [hear(there)["payload"] for _ in range(300)] == list(range(300))
         assert marks.result() == 300
@@ -1767,7 +1984,8 @@ def test_a_node_that_missed_messages_counts_them(pair: Pair, cluster: Cluster) -
 
     def send(size: int) -> None:
         ask(sender, "n", payload=next(numbers), to="all", message="x" * size)
-        server.client.ping()  # no faster than Redis, or the sender's node drops what it has no room for
+        # No faster than Redis, or the sender's node drops what it has no room for.
+        server.client.ping()
 
     def cut_off() -> bool:
         for _ in range(10):
@@ -1793,7 +2011,9 @@ def test_a_node_that_missed_messages_counts_them(pair: Pair, cluster: Cluster) -
     assert f"messages={missed}" in two.log
 
 
-def test_a_killed_nodes_clients_are_gone_and_nobody_else_is_disturbed(pair: Pair, cluster: Cluster) -> None:
+def test_a_killed_nodes_clients_are_gone_and_nobody_else_is_disturbed(
+    pair: Pair, cluster: Cluster
+) -> None:
     server, one, two = cluster
     here, there = pair
     with Node(server.url) as victim, dial_node(victim) as doomed:
@@ -1831,11 +2051,17 @@ def test_a_stopped_nodes_clients_are_gone_at_once_and_its_last_words_are_heard(
         assert node.stop() in (0, -signal.SIGTERM)
 
 
-def test_garbage_on_the_channels_is_counted_logged_and_dropped(pair: Pair, cluster: Cluster) -> None:
+def test_garbage_on_the_channels_is_counted_logged_and_dropped(
+    pair: Pair, cluster: Cluster
+) -> None:
     server, one, two = cluster
     here, there = pair
     node = id_of(there)[:8]
-    whole = datadivr.HEADER.pack(datadivr.VERSION, b"0" * 8, 0) + datadivr.ITEM.pack(datadivr.TO_ALL, 2) + b"{}"
+    whole = (
+        datadivr.HEADER.pack(datadivr.VERSION, b"0" * 8, 0)
+        + datadivr.ITEM.pack(datadivr.TO_ALL, 2)
+        + b"{}"
+    )
     other_version = b"ddv0" + whole[4:]
     broken = [whole[:size] for size in range(0, len(whole), 5) if size != datadivr.HEADER.size]
     head = datadivr.HEADER.pack(datadivr.VERSION, b"0" * 8, 0)
@@ -1894,7 +2120,9 @@ def test_redis_is_reached_through_a_socket_and_through_tls(tmp_path: Path, schem
         assert node.joined
 
 
-def test_a_redis_that_needs_a_password_is_joined_with_it_and_logs_do_not_show_it(cluster: Cluster) -> None:
+def test_a_redis_that_needs_a_password_is_joined_with_it_and_logs_do_not_show_it(
+    cluster: Cluster,
+) -> None:
     with RedisServer("--requirepass", "hunter2") as server:
         url = server.url.replace("//", "//:{}@")
         with Node(url.format("hunter2")) as right, Node(url.format("wrong-word")) as wrong:
@@ -1906,7 +2134,9 @@ def test_a_redis_that_needs_a_password_is_joined_with_it_and_logs_do_not_show_it
 
 def test_a_redis_that_one_may_not_publish_to_is_lost_once() -> None:
     with RedisServer() as server:
-        server.client.execute_command("ACL", "SETUSER", "reader", "on", "nopass", "allchannels", "+@all", "-publish")  # type: ignore[no-untyped-call]
+        server.client.execute_command(
+            "ACL", "SETUSER", "reader", "on", "nopass", "allchannels", "+@all", "-publish"
+        )  # type: ignore[no-untyped-call]
         with Node(server.url.replace("//", "//reader:x@")) as node:
             server.client.execute_command("ACL", "SETUSER", "reader", "+publish")  # type: ignore[no-untyped-call]
             wait_until(lambda: node.joined, "it to join")
@@ -1928,7 +2158,9 @@ def test_a_reload_is_the_same_node(cluster: Cluster, tmp_path: Path) -> None:
 
 def run_with_redis(url: str, script: str = "pass") -> str:
     command = [sys.executable, "-c", f"import sys; {script}; import datadivr"]
-    return subprocess.run(command, env=environment(DATADIVR_REDIS_URL=url), capture_output=True, text=True).stderr
+    return subprocess.run(
+        command, env=environment(DATADIVR_REDIS_URL=url), capture_output=True, text=True
+    ).stderr
 
 
 def test_redis_configured_but_not_installed_stops_the_start_with_what_to_install() -> None:
@@ -1955,7 +2187,10 @@ def test_a_bad_url_stops_the_start_without_being_shown(url: str) -> None:
 
 def test_redis_is_not_imported_where_it_is_not_configured() -> None:
     script = "import sys, datadivr; sys.exit('redis' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", script], env=environment(), check=False).returncode == 0
+    assert (
+        subprocess.run([sys.executable, "-c", script], env=environment(), check=False).returncode
+        == 0
+    )
 
 
 Items = st.lists(st.tuples(st.integers(0, 255), st.binary(max_size=300)), min_size=1, max_size=5)
@@ -1963,9 +2198,15 @@ Items = st.lists(st.tuples(st.integers(0, 255), st.binary(max_size=300)), min_si
 
 @hypothesis.settings(deadline=None)
 @hypothesis.given(items=Items, data=st.data())
-def test_a_batch_is_read_whole_or_not_at_all(items: list[tuple[int, bytes]], data: st.DataObject) -> None:
+def test_a_batch_is_read_whole_or_not_at_all(
+    items: list[tuple[int, bytes]], data: st.DataObject
+) -> None:
     header = datadivr.HEADER.pack(datadivr.VERSION, b"01234567", 7)
-    ends = list(itertools.accumulate((datadivr.ITEM.size + len(body) for _, body in items), initial=len(header)))
+    ends = list(
+        itertools.accumulate(
+            (datadivr.ITEM.size + len(body) for _, body in items), initial=len(header)
+        )
+    )
     batch = header + b"".join(datadivr.ITEM.pack(kind, len(body)) + body for kind, body in items)
     assert datadivr.parse_batch(batch) == ("01234567", 7, items)
     cut = data.draw(st.integers(0, len(batch)).filter(lambda size: size not in ends))
@@ -1973,7 +2214,7 @@ def test_a_batch_is_read_whole_or_not_at_all(items: list[tuple[int, bytes]], dat
         datadivr.parse_batch(batch[:cut])
 
 
-# ---- The WebSocket endpoint ------------------------------------------------------------------------------------------
+# ---- The WebSocket endpoint ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -1986,13 +2227,19 @@ def test_a_batch_is_read_whole_or_not_at_all(items: list[tuple[int, bytes]], dat
         ("{}", "event_name: Field required"),
         ('{"event_name": 5}', "event_name: Input should be a valid string"),
         ('{"event_name": ""}', "event_name: String should have at least 1 character"),
-        (json.dumps({"event_name": "x" * 129}), "event_name: String should have at most 128 characters"),
+        (
+            json.dumps({"event_name": "x" * 129}),
+            "event_name: String should have at most 128 characters",
+        ),
         ('{"event_name": "$connect"}', "event_name: String should match pattern"),
         ('{"event_name": "x", "to": null}', "to: Input should be a valid string"),
         ('{"event_name": "x", "from_id": 5}', "from_id: Input should be a valid string"),
         ('{"event_name": "x", "message": []}', "message: Input should be a valid string"),
         ('{"event_name": "x", "payload": "\\ud800"}', "message: Invalid JSON: "),
-        ('{"event_name": "x", "payload": ' + "[" * 500 + "]" * 500 + "}", "message: Invalid JSON: recursion limit"),
+        (
+            '{"event_name": "x", "payload": ' + "[" * 500 + "]" * 500 + "}",
+            "message: Invalid JSON: recursion limit",
+        ),
         (b'{"event_name": "\xff"}', "message: Invalid JSON: invalid unicode"),
         (b"", "message: Invalid JSON: EOF"),
     ],
@@ -2031,13 +2278,17 @@ def test_messages_over_the_rate_are_dropped_with_one_error_a_second(
     heard = [hear(client) for _ in range(4)]
     assert [message["payload"] for message in heard] == [0, 1, 2, {"code": "rate_limited"}]
     assert heard[3]["message"] == "More than 3 messages a second: dropped."
-    wait_until(lambda: metrics(live.port)['errors_total{type="rate_limited"}'] - before == 7, "the count")
+    wait_until(
+        lambda: metrics(live.port)['errors_total{type="rate_limited"}'] - before == 7, "the count"
+    )
     (connected,) = datadivr.clients.values()
     wait_until(lambda: time.monotonic() - connected.refilled_at > 0.4, "a token")
     assert ask(client, "m", payload="again", to="all")["payload"] == "again"
 
 
-def test_a_rate_is_a_token_bucket_of_one_second(configure: Callable[..., None], logged: list[Any]) -> None:
+def test_a_rate_is_a_token_bucket_of_one_second(
+    configure: Callable[..., None], logged: list[Any]
+) -> None:
     configure(max_messages_per_second=4)
     loop, log = fake_log()
     client, transport = fake_client(log)
@@ -2047,7 +2298,9 @@ def test_a_rate_is_a_token_bucket_of_one_second(configure: Callable[..., None], 
         taken.append(client.take_token())
     log.flush()
     client.leave("client")
-    assert taken == [True] * 4 + [False] * 2 + [True] * 2 + [False] + [True] * 2 + [False] + [True] * 4 + [False]
+    assert taken == [True] * 4 + [False] * 2 + [True] * 2 + [False] + [True] * 2 + [False] + [
+        True
+    ] * 4 + [False]
     codes = [json.loads(text)["payload"]["code"] for text in transport.received]
     assert codes == ["rate_limited"] * 3  # at 0, 1 and 9
 
@@ -2062,7 +2315,11 @@ def test_a_client_that_floods_yields_after_16_messages(registry: None, logged: l
             nonlocal waiting
             waiting -= 1
             received.append(waiting)
-            return {"type": "websocket.receive", "text": '{"event_name": "x"}'} if waiting >= 0 else {"type": "end"}
+            return (
+                {"type": "websocket.receive", "text": '{"event_name": "x"}'}
+                if waiting >= 0
+                else {"type": "end"}
+            )
 
         serving = asyncio.create_task(datadivr._serve(client, receive))
         while not serving.done():
@@ -2079,12 +2336,17 @@ def test_a_client_that_floods_yields_after_16_messages(registry: None, logged: l
 @pytest.mark.parametrize("name", ["uvicorn", "granian"])
 def test_clients_that_come_at_once_do_not_exceed_the_limit(tmp_path: Path, name: str) -> None:
     (tmp_path / "application.py").write_text(textwrap.dedent(APPLICATION))
-    with Process(*SERVERS[name], cwd=tmp_path, DATADIVR_MAX_CLIENTS="3") as process, contextlib.ExitStack() as stack:
+    with (
+        Process(*SERVERS[name], cwd=tmp_path, DATADIVR_MAX_CLIENTS="3") as process,
+        contextlib.ExitStack() as stack,
+    ):
         process.wait_until_up()
         statuses: list[bytes] = []
 
         def come() -> None:
-            client = stack.enter_context(socket.create_connection(("127.0.0.1", process.port), LIMIT))
+            client = stack.enter_context(
+                socket.create_connection(("127.0.0.1", process.port), LIMIT)
+            )
             client.sendall(UPGRADE)
             statuses.append(client.recv(12))
 
@@ -2128,7 +2390,11 @@ def test_clients_over_the_limit_are_refused_until_one_goes(
     ],
 )
 def test_a_foreign_page_is_refused_unless_its_origin_is_listed(
-    configure: Callable[..., None], origin: str | None, host: str, allowed: tuple[str, ...], status: int | None
+    configure: Callable[..., None],
+    origin: str | None,
+    host: str,
+    allowed: tuple[str, ...],
+    status: int | None,
 ) -> None:
     configure(allowed_origins=allowed)
     headers = {"Host": host} | ({} if origin is None else {"Origin": origin})
@@ -2139,7 +2405,9 @@ def refusal(headers: Any = None, subprotocols: list[str] | None = None) -> int |
     """Connect through a TestClient and return the status of the refusal, or None."""
     client = TestClient(datadivr.app)
     try:
-        with client.websocket_connect("/ws", headers=headers or {}, subprotocols=subprotocols) as websocket:
+        with client.websocket_connect(
+            "/ws", headers=headers or {}, subprotocols=subprotocols
+        ) as websocket:
             chosen = "bearer" if subprotocols and subprotocols[0] == "bearer" else None
             assert websocket.accepted_subprotocol == chosen
             return None
@@ -2162,7 +2430,10 @@ def refusal(headers: Any = None, subprotocols: list[str] | None = None) -> int |
     ],
 )
 def test_a_client_without_the_token_is_refused(
-    configure: Callable[..., None], headers: dict[str, str] | None, subprotocols: list[str] | None, status: int | None
+    configure: Callable[..., None],
+    headers: dict[str, str] | None,
+    subprotocols: list[str] | None,
+    status: int | None,
 ) -> None:
     configure(client_token="let-me-in")
     assert refusal(headers, subprotocols) == status
@@ -2172,14 +2443,19 @@ def test_a_refusal_comes_before_the_upgrade_and_says_why(server: Process) -> Non
     with pytest.raises(InvalidStatus) as refused:
         dial(f"ws://127.0.0.1:{server.port}/ws", origin=Origin("http://evil.example"))
     assert refused.value.response.status_code == 403
-    assert json.loads(refused.value.response.body or b"") == {"detail": "Origin http://evil.example is not allowed."}
+    assert json.loads(refused.value.response.body or b"") == {
+        "detail": "Origin http://evil.example is not allowed."
+    }
     wait_until(lambda: "DATADIVR_ALLOWED_ORIGINS" in server.log, "the log's hint")
     assert "without completing handshake" not in server.log
 
 
 def test_a_refused_token_is_asked_for(configure: Callable[..., None]) -> None:
     configure(client_token="let-me-in")
-    with pytest.raises(WebSocketDenialResponse) as denied, TestClient(datadivr.app).websocket_connect("/ws"):
+    with (
+        pytest.raises(WebSocketDenialResponse) as denied,
+        TestClient(datadivr.app).websocket_connect("/ws"),
+    ):
         pass
     assert denied.value.headers["www-authenticate"] == "Bearer"
 
@@ -2227,7 +2503,9 @@ def with_another_route() -> fastapi.FastAPI:
     return datadivr.app
 
 
-@pytest.mark.parametrize("change", [with_dependencies, reloaded_with_an_override, with_another_route])
+@pytest.mark.parametrize(
+    "change", [with_dependencies, reloaded_with_an_override, with_another_route]
+)
 def test_whatever_guards_ws_is_in_force(change: Callable[[], fastapi.FastAPI]) -> None:
     script = f"""
         import datadivr, pytest, test_datadivr
@@ -2239,7 +2517,12 @@ def test_whatever_guards_ws_is_in_force(change: Callable[[], fastapi.FastAPI]) -
             pass
         assert refused.value.status_code == 401
     """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], env=environment(), check=True, timeout=3 * LIMIT)
+    subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        env=environment(),
+        check=True,
+        timeout=3 * LIMIT,
+    )
 
 
 def test_middleware_of_a_users_own_sees_the_clients(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -2261,14 +2544,18 @@ def test_middleware_of_a_users_own_sees_the_clients(monkeypatch: pytest.MonkeyPa
     assert "/ws" in paths
 
 
-def test_websocket_endpoint_authorizes_wherever_it_is_mounted(configure: Callable[..., None]) -> None:
+def test_websocket_endpoint_authorizes_wherever_it_is_mounted(
+    configure: Callable[..., None],
+) -> None:
     configure(client_token="let-me-in")
     host = fastapi.FastAPI()
     host.websocket("/mine")(datadivr.websocket_endpoint)
     client = TestClient(host)
     with pytest.raises(WebSocketDenialResponse), client.websocket_connect("/mine"):
         pass
-    with client.websocket_connect("/mine", headers={"Authorization": "Bearer let-me-in"}) as websocket:
+    with client.websocket_connect(
+        "/mine", headers={"Authorization": "Bearer let-me-in"}
+    ) as websocket:
         websocket.send_json({"event_name": "whoami"})
         assert websocket.receive_json()["event_name"] == "whoami"
 
@@ -2282,7 +2569,9 @@ def test_errors_of_a_kind_are_logged_once_a_client_as_a_warning(
         client.send('{"event_name": 5, "payload": "secret thing"}')
         hear(client)
     entries = [entry for entry in logged if entry["event"] == "invalid_message_format"]
-    assert [(entry["log_level"], entry["client_id"]) for entry in entries] == [("warning", client_id)]
+    assert [(entry["log_level"], entry["client_id"]) for entry in entries] == [
+        ("warning", client_id)
+    ]
     assert "secret thing" not in repr(logged)
 
 
@@ -2299,11 +2588,17 @@ garbage = st.one_of(
     st.text(max_size=200),
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
-        lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(max_size=20), inner, max_size=5),
+        lambda inner: (
+            st.lists(inner, max_size=5) | st.dictionaries(st.text(max_size=20), inner, max_size=5)
+        ),
         max_leaves=20,
     ).map(json.dumps),
     st.fixed_dictionaries(
-        {"event_name": st.sampled_from(["m", "double", "sum_event", "whoami", "broken", "$connect", "", 5])},
+        {
+            "event_name": st.sampled_from(
+                ["m", "double", "sum_event", "whoami", "broken", "$connect", "", 5]
+            )
+        },
         optional={
             "payload": st.integers() | st.text(max_size=20) | st.lists(st.floats()),
             "to": st.sampled_from(["nobody", "", 5]),
@@ -2319,11 +2614,15 @@ def test_whatever_a_client_sends_the_server_lives_and_bystanders_lose_nothing(
     noisy, one, other = connect(), connect(), connect()
     other_id = id_of(other)
 
-    @hypothesis.settings(max_examples=100, deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
+    @hypothesis.settings(
+        max_examples=100, deadline=None, suppress_health_check=list(hypothesis.HealthCheck)
+    )
     @hypothesis.given(st.lists(garbage, max_size=10), st.integers())
     def drive(sent: list[str | bytes], number: int) -> None:
         for thing in sent:
-            if "to" in json_of(thing) or "event_name" not in json_of(thing):  # or the bystanders would get it
+            if "to" in json_of(thing) or "event_name" not in json_of(
+                thing
+            ):  # or the bystanders would get it
                 noisy.send(thing)
         say(one, "talk", payload=number, to=other_id)
         while (heard := hear(other))["event_name"] != "talk":
@@ -2341,10 +2640,12 @@ def test_whatever_a_client_sends_the_server_lives_and_bystanders_lose_nothing(
     wait_until(lambda: total(server.port) == 3, "the registry to be right")
 
 
-# ---- The admin API ---------------------------------------------------------------------------------------------------
+# ---- The admin API -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Basic {TOKEN}"}])
+@pytest.mark.parametrize(
+    "headers", [{}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Basic {TOKEN}"}]
+)
 @pytest.mark.parametrize(
     ("method", "path"),
     [("GET", "/clients"), ("GET", "/clients/x"), ("DELETE", "/clients/x"), ("POST", "/messages")],
@@ -2362,7 +2663,9 @@ def test_a_token_is_made_up_and_logged_once_where_none_is_set(
     datadivr.admin_token.cache_clear()
     with TestClient(datadivr.app) as client:
         (token,) = (entry["token"] for entry in logged if entry["event"] == "admin_token_generated")
-        assert client.get("/clients", headers={"Authorization": f"Bearer {token}"}).status_code == 200
+        assert (
+            client.get("/clients", headers={"Authorization": f"Bearer {token}"}).status_code == 200
+        )
         assert len(logged) == 1
 
 
@@ -2402,12 +2705,16 @@ def test_the_list_pages_past_clients_who_come_and_go(connect: Connect, server: P
         assert third["next"] is None
 
 
-@pytest.mark.parametrize("query", ["limit=0", "limit=1001", "limit=x", "after=x", "after=12", f"after={'9' * 40}-a"])
+@pytest.mark.parametrize(
+    "query", ["limit=0", "limit=1001", "limit=x", "after=x", "after=12", f"after={'9' * 40}-a"]
+)
 def test_a_bad_page_is_refused(api: httpx.Client, query: str) -> None:
     assert api.get(f"/clients?{query}").status_code == 422
 
 
-def test_a_client_is_disconnected_after_what_was_sent_to_it(connect: Connect, server: Process) -> None:
+def test_a_client_is_disconnected_after_what_was_sent_to_it(
+    connect: Connect, server: Process
+) -> None:
     client, other = connect(), connect()
     client_id = id_of(client)
     say(other, "last", to=client_id)
@@ -2419,7 +2726,10 @@ def test_a_client_is_disconnected_after_what_was_sent_to_it(connect: Connect, se
     with pytest.raises(ConnectionClosed) as closed:
         client.recv(timeout=LIMIT)
     assert closed.value.rcvd is not None
-    assert (closed.value.rcvd.code, closed.value.rcvd.reason) == (1008, "Disconnected by an administrator")
+    assert (closed.value.rcvd.code, closed.value.rcvd.reason) == (
+        1008,
+        "Disconnected by an administrator",
+    )
     wait_until(lambda: httpx.get(url, headers=ADMIN).status_code == 404, "its end")
     assert id_of(other)
 
@@ -2431,13 +2741,20 @@ def test_a_client_is_disconnected_while_its_handler_runs(connect: Connect, serve
     other = connect()
     assert id_of(other)
     start = time.monotonic()
-    assert httpx.delete(f"http://127.0.0.1:{server.port}/clients/{client_id}", headers=ADMIN).status_code == 204
+    assert (
+        httpx.delete(
+            f"http://127.0.0.1:{server.port}/clients/{client_id}", headers=ADMIN
+        ).status_code
+        == 204
+    )
     assert close_code(client) == 1008
     assert time.monotonic() - start < 0.9
 
 
 @pytest.mark.parametrize("ws", ["auto", "wsproto"])
-def test_a_stalled_client_is_disconnected_without_waiting_for_it(ws: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stalled_client_is_disconnected_without_waiting_for_it(
+    ws: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(datadivr, "CLOSE_SECONDS", 0.5)
     with Live(ws=ws) as live, raw_client(live.port, buffer=4096) as stalled:
         client_id = own_id(stalled)
@@ -2453,23 +2770,34 @@ def test_a_stalled_client_is_disconnected_without_waiting_for_it(ws: str, monkey
 @pytest.mark.parametrize("method", ["GET", "DELETE"])
 def test_an_unknown_client_is_not_found(api: httpx.Client, method: str) -> None:
     answer = api.request(method, "/clients/nobody")
-    assert (answer.status_code, answer.json()) == (404, {"detail": "No client with this id is connected."})
+    assert (answer.status_code, answer.json()) == (
+        404,
+        {"detail": "No client with this id is connected."},
+    )
 
 
-def test_an_announcement_reaches_all_and_is_from_the_server(connect: Connect, server: Process) -> None:
+def test_an_announcement_reaches_all_and_is_from_the_server(
+    connect: Connect, server: Process
+) -> None:
     clients = [connect() for _ in range(2)]
     for client in clients:
         id_of(client)
     announcement = {"event_name": "news", "payload": [1], "message": "Hello.", "from_id": "me"}
-    answer = httpx.post(f"http://127.0.0.1:{server.port}/messages", json=announcement, headers=ADMIN)
+    answer = httpx.post(
+        f"http://127.0.0.1:{server.port}/messages", json=announcement, headers=ADMIN
+    )
     assert (answer.status_code, answer.json()) == (202, {"recipients": 2, "partial": False})
-    assert [hear(client) for client in clients] == [announcement | {"to": "all", "from_id": "server"}] * 2
+    assert [hear(client) for client in clients] == [
+        announcement | {"to": "all", "from_id": "server"}
+    ] * 2
 
 
 def test_an_announcement_to_one_reaches_it_alone(connect: Connect, server: Process) -> None:
     one, other = connect(), connect()
     announcement = {"event_name": "news", "to": id_of(one)}
-    answer = httpx.post(f"http://127.0.0.1:{server.port}/messages", json=announcement, headers=ADMIN)
+    answer = httpx.post(
+        f"http://127.0.0.1:{server.port}/messages", json=announcement, headers=ADMIN
+    )
     assert answer.json() == {"recipients": 1, "partial": False}
     assert hear(one)["event_name"] == "news"
     assert ask(other, "whoami")["event_name"] == "whoami"
@@ -2488,7 +2816,11 @@ def test_an_announcement_to_one_reaches_it_alone(connect: Connect, server: Proce
         (b"{", 400, "Invalid JSON"),
         (b"", 400, "Invalid JSON"),
         (b'{"event_name": "\xff"}', 400, "Invalid JSON"),
-        (b'{"event_name": "x", "payload": ' + b"[" * 5000 + b"]" * 5000 + b"}", 400, "Invalid JSON"),
+        (
+            b'{"event_name": "x", "payload": ' + b"[" * 5000 + b"]" * 5000 + b"}",
+            400,
+            "Invalid JSON",
+        ),
         (b" " * (1024 * 1024 + 1), 413, "Too Large"),
     ],
 )
@@ -2498,11 +2830,15 @@ def test_a_bad_announcement_is_refused_with_the_reason(
     answer = api.post("/messages", content=body)
     assert answer.status_code == status
     assert detail in answer.text
-    documented = datadivr.app.openapi()["paths"]["/messages"]["post"]["responses"][str(status)]["content"]
+    documented = datadivr.app.openapi()["paths"]["/messages"]["post"]["responses"][str(status)][
+        "content"
+    ]
     assert answer.headers["content-type"].partition(";")[0] in documented
 
 
-def test_a_body_over_the_limit_is_not_read_for_a_caller_without_the_token(live: Live, connect: Connect) -> None:
+def test_a_body_over_the_limit_is_not_read_for_a_caller_without_the_token(
+    live: Live, connect: Connect
+) -> None:
     with socket.create_connection(("127.0.0.1", live.port), LIMIT) as caller:
         caller.sendall(b"POST /messages HTTP/1.1\r\nHost: x\r\nContent-Length: 100000000\r\n\r\n")
         assert caller.recv(100).startswith(b"HTTP/1.1 413 ")
@@ -2512,8 +2848,12 @@ def test_the_metrics_are_prometheus_text_or_openmetrics(api: httpx.Client) -> No
     text = api.get("/metrics")
     assert text.headers["content-type"].startswith("text/plain; version=")
     assert "# TYPE datadivr_clients gauge\n" in text.text
-    openmetrics = api.get("/metrics", headers={"Accept": "application/openmetrics-text; version=1.0.0"})
-    assert openmetrics.headers["content-type"].startswith("application/openmetrics-text; version=1.0.0")
+    openmetrics = api.get(
+        "/metrics", headers={"Accept": "application/openmetrics-text; version=1.0.0"}
+    )
+    assert openmetrics.headers["content-type"].startswith(
+        "application/openmetrics-text; version=1.0.0"
+    )
     assert openmetrics.text.endswith("# EOF\n")
 
 
@@ -2532,10 +2872,15 @@ def test_the_health_check_is_open() -> None:
 
 @pytest.mark.parametrize("protected", [False, True])
 def test_schemathesis_finds_no_fault(
-    tmp_path: Path, configure: Callable[..., None], ended: Callable[[], dict[str, float]], protected: bool
+    tmp_path: Path,
+    configure: Callable[..., None],
+    ended: Callable[[], dict[str, float]],
+    protected: bool,
 ) -> None:
     configure(protect_metrics=protected)
-    (tmp_path / "schemathesis.toml").write_text("[warnings]\nfail-on = true\n")  # where it met no client, say
+    (tmp_path / "schemathesis.toml").write_text(
+        "[warnings]\nfail-on = true\n"
+    )  # where it met no client, say
     done = threading.Event()
 
     def come_back(url: str) -> None:
@@ -2581,7 +2926,7 @@ def test_openapi_describes_every_answer_and_the_token(api: httpx.Client) -> None
     assert api.post("/messages", json=body["example"]).status_code == 202
 
 
-# ---- Logging ---------------------------------------------------------------------------------------------------------
+# ---- Logging -------------------------------------------------------------------------------------
 
 
 def test_a_host_that_has_configured_structlog_keeps_its_configuration() -> None:
@@ -2591,7 +2936,9 @@ def test_a_host_that_has_configured_structlog_keeps_its_configuration() -> None:
         import datadivr
         datadivr.logger.info("hello", a=1)
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], env=environment(), capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], env=environment(), capture_output=True
+    )
     assert done.stdout == b"a=1 event='hello'\n"
 
 
@@ -2599,21 +2946,37 @@ def test_a_host_that_has_configured_structlog_keeps_its_configuration() -> None:
     ("variables", "expected"),
     [
         ({}, r"\S+Z \[warning  \] loud +a=1\n"),
-        ({"DATADIVR_LOG_FORMAT": "json"}, r'\{"a": 1, "event": "loud", "level": "warning", "timestamp": "\S+Z"\}\n'),
+        (
+            {"DATADIVR_LOG_FORMAT": "json"},
+            r'\{"a": 1, "event": "loud", "level": "warning", "timestamp": "\S+Z"\}\n',
+        ),
         ({"DATADIVR_LOG_LEVEL": "error"}, ""),
-        ({"DATADIVR_LOG_LEVEL": "DEBUG"}, r"\S+Z \[debug    \] quiet +a=1\n\S+Z \[warning  \] loud +a=1\n"),
+        (
+            {"DATADIVR_LOG_LEVEL": "DEBUG"},
+            r"\S+Z \[debug    \] quiet +a=1\n\S+Z \[warning  \] loud +a=1\n",
+        ),
     ],
 )
-def test_the_log_has_the_level_and_format_of_the_settings(variables: dict[str, str], expected: str) -> None:
-    script = "import datadivr; datadivr.logger.debug('quiet', a=1); datadivr.logger.warning('loud', a=1)"
+def test_the_log_has_the_level_and_format_of_the_settings(
+    variables: dict[str, str], expected: str
+) -> None:
+    script = (
+        "import datadivr; datadivr.logger.debug('quiet', a=1); datadivr.logger.warning('loud', a=1)"
+    )
     done = subprocess.run(
-        [sys.executable, "-c", script], env=environment(**variables), capture_output=True, text=True, check=True
+        [sys.executable, "-c", script],
+        env=environment(**variables),
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert re.fullmatch(expected, done.stdout)
 
 
 @pytest.mark.parametrize("log_format", ["console", "json"])
-def test_a_handlers_traceback_is_logged_without_the_payload(tmp_path: Path, log_format: str) -> None:
+def test_a_handlers_traceback_is_logged_without_the_payload(
+    tmp_path: Path, log_format: str
+) -> None:
     (tmp_path / "application.py").write_text(textwrap.dedent(APPLICATION))
     variables: Json = {"DATADIVR_LOG_FORMAT": log_format, "DATADIVR_CLIENT_TOKEN": "client-token"}
     with Process(*SERVERS["uvicorn"], cwd=tmp_path, **variables) as process:
@@ -2626,12 +2989,16 @@ def test_a_handlers_traceback_is_logged_without_the_payload(tmp_path: Path, log_
     assert not re.search(r"private matter|client-token|secret", process.log)
 
 
-# ---- Ways to run it --------------------------------------------------------------------------------------------------
+# ---- Ways to run it ------------------------------------------------------------------------------
 
 
 def run(script: str, cwd: Path) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)], cwd=cwd, env=environment(), capture_output=True, text=True
+        [sys.executable, "-c", textwrap.dedent(script)],
+        cwd=cwd,
+        env=environment(),
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -2648,7 +3015,9 @@ def run(script: str, cwd: Path) -> str:
         "import {name}.transport.server; {name}.transport.server.app",
     ],
 )
-def test_imports_of_the_package_that_this_file_implements_work(tmp_path: Path, package: str, statement: str) -> None:
+def test_imports_of_the_package_that_this_file_implements_work(
+    tmp_path: Path, package: str, statement: str
+) -> None:
     folder = tmp_path / package
     folder.mkdir(exist_ok=True)
     (folder / "datadivr.py").write_text((ROOT / "datadivr.py").read_text())
@@ -2712,24 +3081,38 @@ def test_run_as_a_program_it_is_the_module_that_handlers_import(tmp_path: Path) 
 
 
 def test_the_inline_metadata_agrees_with_the_project() -> None:
-    block = re.search(r"^# /// script\n((?:#.*\n)+)# ///$", (ROOT / "datadivr.py").read_text(), re.MULTILINE)
+    block = re.search(
+        r"^# /// script\n((?:#.*\n)+)# ///$", (ROOT / "datadivr.py").read_text(), re.MULTILINE
+    )
     assert block is not None
     inline = tomllib.loads(re.sub(r"^# ?", "", block[1], flags=re.MULTILINE))
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert inline == {"requires-python": project["requires-python"], "dependencies": project["dependencies"]}
+    assert inline == {
+        "requires-python": project["requires-python"],
+        "dependencies": project["dependencies"],
+    }
 
 
 def test_a_host_includes_the_router(registry: None) -> None:
     asked = []
     host = fastapi.FastAPI()
-    host.include_router(datadivr.router, prefix="/realtime", dependencies=[fastapi.Depends(lambda: asked.append(1))])
+    host.include_router(
+        datadivr.router, prefix="/realtime", dependencies=[fastapi.Depends(lambda: asked.append(1))]
+    )
     with Live(host) as live, dial(f"ws://127.0.0.1:{live.port}/realtime/ws") as client:
         assert id_of(client)
-        assert httpx.get(f"http://127.0.0.1:{live.port}/realtime/clients", headers=ADMIN).json()["total"] == 1
+        assert (
+            httpx.get(f"http://127.0.0.1:{live.port}/realtime/clients", headers=ADMIN).json()[
+                "total"
+            ]
+            == 1
+        )
     assert len(asked) == 2
 
 
-def test_a_host_mounts_the_application_without_a_lifespan(configure: Callable[..., None], logged: list[Any]) -> None:
+def test_a_host_mounts_the_application_without_a_lifespan(
+    configure: Callable[..., None], logged: list[Any]
+) -> None:
     configure(admin_token=None)
     datadivr.admin_token.cache_clear()
     host = fastapi.FastAPI()
@@ -2739,7 +3122,12 @@ def test_a_host_mounts_the_application_without_a_lifespan(configure: Callable[..
         assert httpx.get(f"http://127.0.0.1:{live.port}/realtime/clients").status_code == 401
         (token,) = (entry["token"] for entry in logged if entry["event"] == "admin_token_generated")
         headers = {"Authorization": f"Bearer {token}"}
-        assert httpx.get(f"http://127.0.0.1:{live.port}/realtime/clients", headers=headers).json()["total"] == 1
+        assert (
+            httpx.get(f"http://127.0.0.1:{live.port}/realtime/clients", headers=headers).json()[
+                "total"
+            ]
+            == 1
+        )
 
 
 @pytest.mark.parametrize("lifespan", [True, False])
@@ -2756,12 +3144,21 @@ def test_two_sessions_of_a_test_client_talk_to_each_other(lifespan: bool) -> Non
         assert one.receive_json()["payload"] == 1
         other.send_json({"event_name": "hello", "payload": 2, "to": one_id})
         assert one.receive_json()["payload"] == 2
-        assert client.post("/messages", json={"event_name": "news"}).json() == {"recipients": 2, "partial": False}
-        assert (one.receive_json()["event_name"], other.receive_json()["event_name"]) == ("news", "news")
+        assert client.post("/messages", json={"event_name": "news"}).json() == {
+            "recipients": 2,
+            "partial": False,
+        }
+        assert (one.receive_json()["event_name"], other.receive_json()["event_name"]) == (
+            "news",
+            "news",
+        )
         assert client.delete(f"/clients/{one_id}").status_code == 204
         with pytest.raises(WebSocketDisconnect) as closed:
             one.receive_json()
-        assert (closed.value.code, closed.value.reason) == (1008, "Disconnected by an administrator")
+        assert (closed.value.code, closed.value.reason) == (
+            1008,
+            "Disconnected by an administrator",
+        )
     assert datadivr.clients == {}
 
 
@@ -2784,13 +3181,20 @@ def test_another_server_gets_the_adapter_and_one_warning(server: Process, connec
 
 def test_a_stop_under_tls_does_not_wait_for_clients(tmp_path: Path) -> None:
     make_certificate(tmp_path)
-    tls = ["--ssl-keyfile", str(tmp_path / "key.pem"), "--ssl-certfile", str(tmp_path / "certificate.pem")]
+    tls = [
+        "--ssl-keyfile",
+        str(tmp_path / "key.pem"),
+        "--ssl-certfile",
+        str(tmp_path / "certificate.pem"),
+    ]
     trust = ssl.create_default_context(cafile=tmp_path / "certificate.pem")
     with Process("-m", "uvicorn", "datadivr:app", "--port", "{port}", *tls) as process:
         wait_until(lambda: "running on" in process.log, "the server to start")
         with dial(f"wss://localhost:{process.port}/ws", ssl=trust) as client:
             assert id_of(client)
-            idle = trust.wrap_socket(socket.create_connection(("localhost", process.port)), server_hostname="localhost")
+            idle = trust.wrap_socket(
+                socket.create_connection(("localhost", process.port)), server_hostname="localhost"
+            )
             with idle:
                 idle.sendall(UPGRADE)
                 assert idle.recv(4096).startswith(b"HTTP/1.1 101")
@@ -2801,7 +3205,10 @@ def test_a_stop_under_tls_does_not_wait_for_clients(tmp_path: Path) -> None:
 
 def test_sigterm_closes_every_client_and_ends_in_time_with_stalled_ones_connected() -> None:
     codes: list[int | None] = []
-    with Process("-m", "uvicorn", "datadivr:app", "--port", "{port}") as process, contextlib.ExitStack() as stack:
+    with (
+        Process("-m", "uvicorn", "datadivr:app", "--port", "{port}") as process,
+        contextlib.ExitStack() as stack,
+    ):
         process.wait_until_up()
         stalled = [stack.enter_context(raw_client(process.port, buffer=4096)) for _ in range(3)]
         url = f"ws://127.0.0.1:{process.port}/ws"
@@ -2816,7 +3223,10 @@ def test_sigterm_closes_every_client_and_ends_in_time_with_stalled_ones_connecte
             codes.append(close_code(client))
 
         talker = threading.Thread(target=talk, args=clients[:1])
-        readers = [threading.Thread(target=lambda c=client: codes.append(close_code(c))) for client in clients[1:]]
+        readers = [
+            threading.Thread(target=lambda c=client: codes.append(close_code(c)))
+            for client in clients[1:]
+        ]
         for thread in (talker, *readers):
             thread.start()
         wait_until(lambda: metrics(process.port)["messages_sent_total"] > 10_000, "the load")
@@ -2831,9 +3241,10 @@ def test_sigterm_closes_every_client_and_ends_in_time_with_stalled_ones_connecte
     assert "Traceback" not in process.log
 
 
-# ---- Compression -----------------------------------------------------------------------------------------------------
+# ---- Compression ---------------------------------------------------------------------------------
 
-# `pour` sends every kind of message, each with the SHA-256 of its payload, and ends with how many deliveries that were.
+# `pour` sends every kind of message, each with the SHA-256 of its payload, and ends with how many
+# deliveries that were.
 POUR = """
     import asyncio
     import hashlib
@@ -2883,7 +3294,10 @@ POURED_IN_NODE = """
       if (message.event_name === "end") {
         console.log(JSON.stringify([socket.extensions, right]));
         socket.close();
-      } else if (createHash("sha256").update(message.payload).digest("hex") === message.message) right++;
+      } else {
+        const digest = createHash("sha256").update(message.payload).digest("hex");
+        if (digest === message.message) right++;
+      }
     });
 """
 POURED_IN_A_PAGE = """
@@ -2892,7 +3306,8 @@ POURED_IN_A_PAGE = """
       const digests = [];
       const sha256 = async ({ payload, message }) => {
         const digest = await crypto.subtle.digest("SHA-256", new TextEncoder().encode(payload));
-        return message === Array.from(new Uint8Array(digest), (byte) => byte.toString(16).padStart(2, "0")).join("");
+        const hex = (byte) => byte.toString(16).padStart(2, "0");
+        return message === Array.from(new Uint8Array(digest), hex).join("");
       };
       window.poured = new Promise((resolve) => {
         socket.onmessage = async (event) => {
@@ -2917,8 +3332,12 @@ def poured(client: ClientConnection) -> int:
 def node_client(url: str) -> Iterator[Callable[[], tuple[str, int]]]:
     node_path = shutil.which("node")
     check = [node_path or "", "-e", "require('ws')"]
-    need(node_path and subprocess.run(check, stderr=subprocess.DEVNULL).returncode == 0, "Node's ws")
-    with subprocess.Popen(["node", "-e", POURED_IN_NODE, url], stdout=subprocess.PIPE, text=True) as node:
+    need(
+        node_path and subprocess.run(check, stderr=subprocess.DEVNULL).returncode == 0, "Node's ws"
+    )
+    with subprocess.Popen(
+        ["node", "-e", POURED_IN_NODE, url], stdout=subprocess.PIPE, text=True
+    ) as node:
         yield lambda: tuple(json.loads(node.communicate(timeout=LIMIT)[0]))
 
 
@@ -2926,7 +3345,8 @@ def node_client(url: str) -> Iterator[Callable[[], tuple[str, int]]]:
 def chromium() -> Iterator[Browser]:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
-            executable_path=find("chromium"), args=["--no-sandbox", "--disable-background-networking"]
+            executable_path=find("chromium"),
+            args=["--no-sandbox", "--disable-background-networking"],
         )
         yield browser
         browser.close()
@@ -2947,18 +3367,34 @@ def test_clients_with_and_without_compression_all_get_what_was_sent(
 ) -> None:
     (tmp_path / "application.py").write_text(textwrap.dedent(POUR))
     settings: Json = {"DATADIVR_MAX_BUFFER_BYTES": str(1 << 28)}
-    with Process(*SERVERS["uvicorn"], cwd=tmp_path, **settings) as process, contextlib.ExitStack() as stack:
+    with (
+        Process(*SERVERS["uvicorn"], cwd=tmp_path, **settings) as process,
+        contextlib.ExitStack() as stack,
+    ):
         process.wait_until_up()
         url = f"ws://127.0.0.1:{process.port}/own"
         foreign_poured = stack.enter_context(foreign(url))
-        offers = [ClientPerMessageDeflateFactory(server_max_window_bits=bits) for bits in range(9, 16)]
+        offers = [
+            ClientPerMessageDeflateFactory(server_max_window_bits=bits) for bits in range(9, 16)
+        ]
         offers.append(ClientPerMessageDeflateFactory(server_no_context_takeover=True))
-        options: list[Json] = [{"compression": None}, {}, *({"compression": None, "extensions": [o]} for o in offers)]
-        clients = [stack.enter_context(dial(url, max_size=None, max_queue=None, **option)) for option in options]
+        options: list[Json] = [
+            {"compression": None},
+            {},
+            *({"compression": None, "extensions": [o]} for o in offers),
+        ]
+        clients = [
+            stack.enter_context(dial(url, max_size=None, max_queue=None, **option))
+            for option in options
+        ]
         wait_until(lambda: total(process.port) == len(clients) + 1, "the clients")
-        driver = stack.enter_context(dial(f"ws://127.0.0.1:{process.port}/ws", max_size=None, max_queue=None))
+        driver = stack.enter_context(
+            dial(f"ws://127.0.0.1:{process.port}/ws", max_size=None, max_queue=None)
+        )
         rights: list[int] = []
-        threads = [threading.Thread(target=lambda c=client: rights.append(poured(c))) for client in clients]
+        threads = [
+            threading.Thread(target=lambda c=client: rights.append(poured(c))) for client in clients
+        ]
         for thread in threads:
             thread.start()
         say(driver, "pour")
@@ -2974,8 +3410,12 @@ def test_clients_with_and_without_compression_all_get_what_was_sent(
 
 
 @pytest.mark.parametrize(("bits", "compressed"), [(9, False), (11, False), (12, True), (15, True)])
-def test_a_client_whose_window_is_too_small_gets_plain_frames(live: Live, bits: int, compressed: bool) -> None:
-    with raw_client(live.port, extensions=f"permessage-deflate; server_max_window_bits={bits}") as client:
+def test_a_client_whose_window_is_too_small_gets_plain_frames(
+    live: Live, bits: int, compressed: bool
+) -> None:
+    with raw_client(
+        live.port, extensions=f"permessage-deflate; server_max_window_bits={bits}"
+    ) as client:
         client.sendall(masked(json.dumps({"event_name": "x", "to": "all", "payload": "x" * 5000})))
         assert client.recv(1)[0] == (datadivr.COMPRESSED_TEXT if compressed else datadivr.TEXT)
     wait_until(lambda: not datadivr.clients, "its end")
@@ -2992,7 +3432,7 @@ def test_compression_switched_off_leaves_the_connections_own_alone(
     assert client.framing is datadivr.frame
 
 
-# ---- The console -----------------------------------------------------------------------------------------------------
+# ---- The console ---------------------------------------------------------------------------------
 
 expect.set_options(timeout=LIMIT * 1000)
 IMAGE = "<img src=x onerror=document.title='run'>"
@@ -3000,7 +3440,8 @@ IMAGE = "<img src=x onerror=document.title='run'>"
 
 HASTE = """
     const wait = setTimeout, now = performance.now.bind(performance);
-    window.setTimeout = (job, delay, ...values) => wait(job, delay > 1000 ? delay : delay / 5, ...values);
+    window.setTimeout = (job, delay, ...values) =>
+      wait(job, delay > 1000 ? delay : delay / 5, ...values);
     performance.now = () => 5 * now();
 """
 
@@ -3013,7 +3454,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def page(browser: Browser) -> Iterator[Page]:
-    """Open a page that asks five times a second; it fetches nothing from elsewhere and raises no errors."""
+    """Open a page that asks often, fetches nothing from elsewhere and raises no errors."""
     page = browser.new_page()
     page.add_init_script(HASTE)
     requests: list[str] = []
@@ -3052,7 +3493,9 @@ def test_the_console_shows_the_clients(page: Page, live: Live, connect: Connect)
     for row, client, client_id in zip(rows(page).all(), clients, ids, strict=True):
         host, port = client.local_address
         expect(row.get_by_role("rowheader")).to_have_text(f"{host}:{port}{client_id}")
-        expect(row.get_by_role("cell")).to_have_text([re.compile(r"\d"), "1", "1", "0 B", "MessageDisconnect"])
+        expect(row.get_by_role("cell")).to_have_text(
+            [re.compile(r"\d"), "1", "1", "0 B", "MessageDisconnect"]
+        )
     expect(page.get_by_role("img", name="Clients connected: 2 now")).to_be_visible()
     expect(page.get_by_text("Live", exact=True)).to_be_visible()
 
@@ -3070,12 +3513,17 @@ def test_the_console_draws_rates(page: Page, live: Live, connect: Connect) -> No
     assert re.fullmatch(r"[1-9]\d*(\.\d)?/s", chart.locator("p").inner_text())
 
 
-COUNTS = "datadivr_clients 0\ndatadivr_messages_received_total {0}\ndatadivr_messages_sent_total {0}\n"
+COUNTS = (
+    "datadivr_clients 0\ndatadivr_messages_received_total {0}\ndatadivr_messages_sent_total {0}\n"
+)
 
 
 def test_the_console_takes_counters_that_go_down_for_a_restart(page: Page, live: Live) -> None:
     answers = [900, 10]
-    page.route("**/metrics", lambda route: route.fulfill(body=COUNTS.format(answers.pop(0) if answers[1:] else 10)))
+    page.route(
+        "**/metrics",
+        lambda route: route.fulfill(body=COUNTS.format(answers.pop(0) if answers[1:] else 10)),
+    )
     open_console(page, live.port)
     figure = page.get_by_role("figure").filter(has_text="Messages in").locator("p")
     figures: list[str] = []
@@ -3089,7 +3537,9 @@ def test_the_console_takes_counters_that_go_down_for_a_restart(page: Page, live:
 
 
 def test_the_console_lists_errors_by_type(page: Page, live: Live) -> None:
-    errors = 'datadivr_errors_total{type="a\\"b\\\\c<b>"} 3.0\ndatadivr_errors_total{type="never"} 0.0\n'
+    errors = (
+        'datadivr_errors_total{type="a\\"b\\\\c<b>"} 3.0\ndatadivr_errors_total{type="never"} 0.0\n'
+    )
     page.route("**/metrics", lambda route: route.fulfill(body=errors + COUNTS.format(0)))
     open_console(page, live.port)
     expect(rows(page, "Errors")).to_have_count(1)
@@ -3109,8 +3559,15 @@ def test_the_console_lists_the_slowest_clients(page: Page, live: Live, connect: 
 
 
 def test_the_console_shows_nodes_where_there_are_several(page: Page, live: Live) -> None:
-    client = {"connected_at": "2026-01-01T00:00:00Z", "messages_received": 0, "messages_sent": 0, "buffered_bytes": 0}
-    clients = [{**client, "id": name * 8, "address": f"{name}:1", "node": name * 8} for name in "ab"]
+    client = {
+        "connected_at": "2026-01-01T00:00:00Z",
+        "messages_received": 0,
+        "messages_sent": 0,
+        "buffered_bytes": 0,
+    }
+    clients = [
+        {**client, "id": name * 8, "address": f"{name}:1", "node": name * 8} for name in "ab"
+    ]
     answer = {"total": 2, "next": None, "partial": True, "clients": clients}
     page.route("**/clients?*", lambda route: route.fulfill(json=answer))
     open_console(page, live.port)
@@ -3121,7 +3578,11 @@ def test_the_console_shows_nodes_where_there_are_several(page: Page, live: Live)
 
 @pytest.mark.parametrize("width", [390, 768])
 def test_a_small_screen_shows_each_figure_apart(page: Page, live: Live, width: int) -> None:
-    client = {"connected_at": "2020-12-22T22:22:22Z", "messages_received": 77777, "messages_sent": 66666}
+    client = {
+        "connected_at": "2020-12-22T22:22:22Z",
+        "messages_received": 77777,
+        "messages_sent": 66666,
+    }
     clients = [
         {
             **client,
@@ -3132,15 +3593,20 @@ def test_a_small_screen_shows_each_figure_apart(page: Page, live: Live, width: i
         }
         for name in "ab"
     ]
-    page.route("**/clients?*", lambda route: route.fulfill(json={"total": 2, "next": None, "clients": clients}))
+    page.route(
+        "**/clients?*",
+        lambda route: route.fulfill(json={"total": 2, "next": None, "clients": clients}),
+    )
     page.set_viewport_size({"width": width, "height": 900})
     open_console(page, live.port)
     expect(rows(page)).to_have_count(2)
     places = """(row) => {
-      const texts = row.querySelectorAll("small, td:not(.node, :last-child)");  // the node begins the id
+      // The node begins the id.
+      const texts = row.querySelectorAll("small, td:not(.node, :last-child)");
       return [row.closest("section"), ...texts].map((node) => {
         const range = document.createRange(); range.selectNodeContents(node);
-        const box = node.matches("section") ? node : range, { left, right, top, bottom } = box.getBoundingClientRect();
+        const box = node.matches("section") ? node : range;
+        const { left, right, top, bottom } = box.getBoundingClientRect();
         return [left, right, top, bottom]; }) }"""
     assert rows(page).first.evaluate("(row) => row.offsetHeight") < 200  # no column is squeezed
     card, *texts = rows(page).first.evaluate(places)
@@ -3149,7 +3615,9 @@ def test_a_small_screen_shows_each_figure_apart(page: Page, live: Live, width: i
         assert one[1] < other[0] or other[1] < one[0] or one[3] <= other[2] or other[3] <= one[2]
 
 
-def test_a_lost_server_is_seen_wherever_one_has_scrolled_to(page: Page, live: Live, connect: Connect) -> None:
+def test_a_lost_server_is_seen_wherever_one_has_scrolled_to(
+    page: Page, live: Live, connect: Connect
+) -> None:
     for _ in range(20):
         connect()
     page.set_viewport_size({"width": 390, "height": 900})
@@ -3163,7 +3631,9 @@ def test_a_lost_server_is_seen_wherever_one_has_scrolled_to(page: Page, live: Li
 @pytest.mark.parametrize("token", ["wrong", "tökén"])
 def test_the_console_says_that_a_token_is_wrong(page: Page, live: Live, token: str) -> None:
     open_console(page, live.port, token=token)
-    expect(page.get_by_role("alert").filter(has_text="The server refuses this token.")).to_be_visible()
+    expect(
+        page.get_by_role("alert").filter(has_text="The server refuses this token.")
+    ).to_be_visible()
     expect(page.get_by_label("Admin token")).to_be_focused()
     assert page.evaluate("sessionStorage.length") == 0
 
@@ -3185,10 +3655,14 @@ def test_the_console_asks_for_the_token_again_once_it_is_refused(
     expect(page.get_by_text("Live", exact=True)).to_be_visible()
     configure(admin_token="another")
     datadivr.admin_token.cache_clear()
-    expect(page.get_by_role("alert").filter(has_text="The server refuses this token.")).to_be_visible()
+    expect(
+        page.get_by_role("alert").filter(has_text="The server refuses this token.")
+    ).to_be_visible()
 
 
-def test_an_announcement_from_the_console_reaches_all(page: Page, live: Live, connect: Connect) -> None:
+def test_an_announcement_from_the_console_reaches_all(
+    page: Page, live: Live, connect: Connect
+) -> None:
     clients = [connect(), connect()]
     open_console(page, live.port)
     page.get_by_label("Event name").fill(IMAGE)
@@ -3207,7 +3681,9 @@ def test_an_announcement_from_the_console_reaches_all(page: Page, live: Live, co
     assert page.title() == "datadivr console"
 
 
-def test_an_announcement_from_the_console_reaches_one(page: Page, live: Live, connect: Connect) -> None:
+def test_an_announcement_from_the_console_reaches_one(
+    page: Page, live: Live, connect: Connect
+) -> None:
     clients = [connect(), connect()]
     open_console(page, live.port)
     rows(page).nth(1).get_by_role("button", name="Message").click()
@@ -3256,7 +3732,9 @@ def test_the_console_recovers_when_the_server_is_back(page: Page) -> None:
         first.wait_until_up()
         open_console(page, first.port)
         expect(page.get_by_text("Live", exact=True)).to_be_visible()
-    expect(page.get_by_text("The server does not answer. Trying again every second.")).to_be_visible()
+    expect(
+        page.get_by_text("The server does not answer. Trying again every second.")
+    ).to_be_visible()
     with Process(*command, port=first.port) as second:
         expect(page.get_by_text("The server is back.")).to_be_visible()
         with dial(f"ws://127.0.0.1:{second.port}/ws") as client:
@@ -3265,12 +3743,19 @@ def test_the_console_recovers_when_the_server_is_back(page: Page) -> None:
 
 @pytest.mark.parametrize("status", [502, 503])
 def test_the_console_says_what_a_proxy_answers(page: Page, live: Live, status: int) -> None:
-    page.route("**/metrics", lambda route: route.fulfill(status=status, body=IMAGE, content_type="text/html"))
+    page.route(
+        "**/metrics",
+        lambda route: route.fulfill(status=status, body=IMAGE, content_type="text/html"),
+    )
     open_console(page, live.port)
-    expect(page.get_by_text(f"The server answers {status}. Trying again every second.")).to_be_visible()
+    expect(
+        page.get_by_text(f"The server answers {status}. Trying again every second.")
+    ).to_be_visible()
 
 
-def test_what_a_client_or_the_server_says_is_shown_as_text(page: Page, live: Live, connect: Connect) -> None:
+def test_what_a_client_or_the_server_says_is_shown_as_text(
+    page: Page, live: Live, connect: Connect
+) -> None:
     connect(additional_headers={"X-Forwarded-For": IMAGE})
     page.route("**/messages", lambda route: route.fulfill(status=404, json={"detail": IMAGE}))
     open_console(page, live.port)
@@ -3286,7 +3771,10 @@ def test_the_console_pages(page: Page, live: Live) -> None:
         for _ in range(45):
             stack.enter_context(raw_client(live.port))
         wait_until(lambda: len(datadivr.clients) == 45, "the clients")
-        ids = sorted(datadivr.clients, key=lambda client_id: (datadivr.clients[client_id].connected_us, client_id))
+        ids = sorted(
+            datadivr.clients,
+            key=lambda client_id: (datadivr.clients[client_id].connected_us, client_id),
+        )
         open_console(page, live.port)
         shown = []
         for number in (1, 2, 3):
@@ -3341,14 +3829,18 @@ def test_the_focus_stays_while_the_table_changes(page: Page, live: Live, connect
 def test_the_consoles_policy_leaves_no_way_to_run_text(browser: Browser, live: Live) -> None:
     policy = httpx.get(f"http://127.0.0.1:{live.port}/console").headers["content-security-policy"]
     assert "'unsafe-" not in policy
-    assert {"default-src 'none'", "connect-src 'self'", "frame-ancestors 'none'"} <= set(policy.split("; "))
+    assert {"default-src 'none'", "connect-src 'self'", "frame-ancestors 'none'"} <= set(
+        policy.split("; ")
+    )
     with browser.new_page() as page:
         page.goto(f"http://127.0.0.1:{live.port}/console")
         with pytest.raises(PlaywrightError, match="TrustedHTML"):
             page.evaluate("document.body.innerHTML = '<b>bold</b>'")
 
 
-@pytest.mark.parametrize("path", ["/console/", "/realtime/console", "/realtime/console/", "/mounted/console"])
+@pytest.mark.parametrize(
+    "path", ["/console/", "/realtime/console", "/realtime/console/", "/mounted/console"]
+)
 def test_the_console_works_under_any_path(page: Page, registry: None, path: str) -> None:
     host = fastapi.FastAPI()
     host.include_router(datadivr.router)
@@ -3378,9 +3870,14 @@ def test_axe_finds_nothing(
         page.add_init_script(HASTE)
 
         def violations() -> list[str]:
-            run = f"() => {{ {found[0].read_text()}; return axe.run({{ resultTypes: ['violations'] }}); }}"
+            axe = found[0].read_text()
+            run = f"() => {{ {axe}; return axe.run({{ resultTypes: ['violations'] }}); }}"
             result = page.evaluate(run)
-            return [f"{broken['id']}: {node['html']}" for broken in result["violations"] for node in broken["nodes"]]
+            return [
+                f"{broken['id']}: {node['html']}"
+                for broken in result["violations"]
+                for node in broken["nodes"]
+            ]
 
         open_console(page, live.port, token="wrong")
         expect(page.get_by_text("refuses")).to_be_visible()
@@ -3400,7 +3897,7 @@ def test_axe_finds_nothing(
     wait_until(lambda: len(datadivr.clients) == 1, "its end")
 
 
-# ---- Prometheus ------------------------------------------------------------------------------------------------------
+# ---- Prometheus ----------------------------------------------------------------------------------
 
 
 class Scraped(Process):
@@ -3412,11 +3909,18 @@ class Scraped(Process):
         super().__init__(*SERVERS["uvicorn"], cwd=folder, DATADIVR_PROTECT_METRICS=str(protected))
         scrape, rules = blocks("yaml")
         if protected:
-            scrape = re.sub(r"# (?=authorization:|  credentials:)", "", scrape).replace("the admin token", TOKEN)
-        often = "global: {scrape_interval: 100ms, evaluation_interval: 100ms}\nrule_files: [rules.yml]\n"
+            scrape = re.sub(r"# (?=authorization:|  credentials:)", "", scrape).replace(
+                "the admin token", TOKEN
+            )
+        often = "global: {scrape_interval: 100ms, evaluation_interval: 100ms}\n"
+        often += "rule_files: [rules.yml]\n"
         (folder / "rules.yml").write_text(rules)
         (folder / "prometheus.yml").write_text(often + scrape.replace("8000", str(self.port)))
-        options = "--config.file=prometheus.yml", "--storage.tsdb.path=data", "--web.listen-address=127.0.0.1:{port}"
+        options = (
+            "--config.file=prometheus.yml",
+            "--storage.tsdb.path=data",
+            "--web.listen-address=127.0.0.1:{port}",
+        )
         self.prometheus = Process(*options, program=program, cwd=folder)
 
     def query(self, promql: str, **options: float) -> list[float]:
@@ -3433,7 +3937,7 @@ class Scraped(Process):
 
 @pytest.fixture(scope="session")
 def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Scraped]]:
-    """Two servers, the metrics of the second protected: Prometheus takes 5 s to look for its targets."""
+    """Two servers, the second's metrics protected: Prometheus takes 5 s to look for its targets."""
     with (
         Scraped(tmp_path_factory.mktemp("open"), False) as unprotected,
         Scraped(tmp_path_factory.mktemp("protected"), True) as protected,
@@ -3441,7 +3945,9 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Scraped]]:
         pair = [unprotected, protected]
         for server in pair:
             server.prometheus.wait_until_up("/-/ready")
-        wait_until(lambda: [server.query("up") for server in pair] == [[1], [1]], "both targets to be up")
+        wait_until(
+            lambda: [server.query("up") for server in pair] == [[1], [1]], "both targets to be up"
+        )
         yield pair
 
 
@@ -3469,9 +3975,14 @@ def test_the_rate_that_prometheus_sees_is_what_was_sent(scraped: Scraped, connec
         ask(sender, "tick", to="all")
         sent.append(time.time())
         time.sleep(0.01)  # Prometheus needs the processor too
-    wait_until(lambda: any(at > end for at in scraped.query("timestamp(datadivr_clients)")), "the last scrape")
+    wait_until(
+        lambda: any(at > end for at in scraped.query("timestamp(datadivr_clients)")),
+        "the last scrape",
+    )
     (rate,) = scraped.query(promql.replace("1m", "3s"), time=end)
-    assert rate == pytest.approx(len(clients) * sum(end - 3 < at <= end for at in sent) / 3, rel=0.1)
+    assert rate == pytest.approx(
+        len(clients) * sum(end - 3 < at <= end for at in sent) / 3, rel=0.1
+    )
 
 
 def test_each_query_of_the_readme_shows_something(scraped: Scraped, connect: Connect) -> None:
@@ -3512,7 +4023,7 @@ def test_promtool_finds_no_fault_with_the_rules_of_the_readme(tmp_path: Path) ->
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-# ---- The README ------------------------------------------------------------------------------------------------------
+# ---- The README ----------------------------------------------------------------------------------
 
 
 def test_each_block_of_the_readme_has_a_language_that_is_tested() -> None:
@@ -3535,14 +4046,20 @@ def test_the_benchmarks_are_there_to_be_run() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", re.findall("`(.+?)`", re.findall(r"(?s)3\.11 or later\.(.*?) run it\s+too", README)[0])
+    "command",
+    re.findall("`(.+?)`", re.findall(r"(?s)3\.11 or later\.(.*?) run it\s+too", README)[0]),
 )
 def test_each_way_to_run_it_serves(tmp_path: Path, command: str) -> None:
     shutil.copy(ROOT / "datadivr.py", tmp_path)
     name, *options = command.removeprefix(".venv/bin/").split()
     program = find(name)
     if name == "uv":
-        there = subprocess.run([program, *options, "--help"], cwd=tmp_path, capture_output=True).returncode == 0
+        there = (
+            subprocess.run(
+                [program, *options, "--help"], cwd=tmp_path, capture_output=True
+            ).returncode
+            == 0
+        )
         need(there, "the packages that uv installs")
     with Process(*options, "--port", "{port}", program=program, cwd=tmp_path) as process:
         process.wait_until_up()
@@ -3552,7 +4069,9 @@ def test_each_way_to_run_it_serves(tmp_path: Path, command: str) -> None:
 
 def test_the_message_of_the_readme_is_one_with_all_its_keys() -> None:
     (block,) = blocks("json")
-    assert json.loads(datadivr.encode(WebSocketMessage.model_validate_json(block))) == json.loads(block)
+    assert json.loads(datadivr.encode(WebSocketMessage.model_validate_json(block))) == json.loads(
+        block
+    )
 
 
 def test_the_client_of_the_readme_gets_its_sum(tmp_path: Path, live: Live) -> None:
@@ -3567,20 +4086,30 @@ def test_the_handlers_of_the_readme_answer(tmp_path: Path) -> None:
     (tmp_path / "application.py").write_text(handlers + typed)
     with Process(*SERVERS["uvicorn"], cwd=tmp_path) as process, contextlib.ExitStack() as stack:
         process.wait_until_up()
-        one, other = (stack.enter_context(dial(f"ws://127.0.0.1:{process.port}/ws")) for _ in range(2))
-        assert hear(one) == json.loads(datadivr.encode(WebSocketMessage(event_name="came", payload=id_of(other))))
+        one, other = (
+            stack.enter_context(dial(f"ws://127.0.0.1:{process.port}/ws")) for _ in range(2)
+        )
+        assert hear(one) == json.loads(
+            datadivr.encode(WebSocketMessage(event_name="came", payload=id_of(other)))
+        )
         greeting = ask(one, "greet")
         assert (greeting["event_name"], greeting["payload"]) == ("greeting", "hello")
         assert httpx.post(f"http://127.0.0.1:{process.port}/news").json() == 2
         assert [hear(client)["event_name"] for client in (one, other)] == ["news", "news"]
-        assert ask(one, "where", payload={"latitude": 52.5, "longitude": 13.4})["payload"] == "north"
-        assert ask(one, "where", payload={"latitude": 52.5})["payload"] == {"code": "invalid_payload"}
+        assert (
+            ask(one, "where", payload={"latitude": 52.5, "longitude": 13.4})["payload"] == "north"
+        )
+        assert ask(one, "where", payload={"latitude": 52.5})["payload"] == {
+            "code": "invalid_payload"
+        }
 
 
 def test_the_rules_of_the_readme_refuse_who_has_not_logged_in(tmp_path: Path) -> None:
     *_, rules = blocks("python")
     (tmp_path / "application.py").write_text(rules)
-    with Process("-m", "uvicorn", "application:datadivr.app", "--port", "{port}", cwd=tmp_path) as process:
+    with Process(
+        "-m", "uvicorn", "application:datadivr.app", "--port", "{port}", cwd=tmp_path
+    ) as process:
         process.wait_until_up()
         url, cookie = f"ws://127.0.0.1:{process.port}/ws", {"Cookie": "session=valid"}
         with dial(url, additional_headers=cookie) as client:
@@ -3592,10 +4121,12 @@ def test_the_rules_of_the_readme_refuse_who_has_not_logged_in(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("alternative", [False, True])
-def test_the_host_of_the_readme_serves_clients_and_the_api(tmp_path: Path, alternative: bool) -> None:
+def test_the_host_of_the_readme_serves_clients_and_the_api(
+    tmp_path: Path, alternative: bool
+) -> None:
     _, _, _, host, _ = blocks("python")
     if alternative:
-        host, changed = re.subn(r"^host\..*# or: ", "", host, flags=re.MULTILINE)
+        host, changed = re.subn(r"^host\..*\n# or: ", "", host, flags=re.MULTILINE)
         assert changed == 1
     (tmp_path / "project.py").write_text(host)
     with Process("-m", "uvicorn", "project:host", "--port", "{port}", cwd=tmp_path) as process:
@@ -3610,11 +4141,19 @@ def test_the_curl_commands_of_the_readme_do_what_it_says(live: Live, connect: Co
     _, _, commands, _ = blocks("sh")
     client, other = connect(), connect()
     client_id = id_of(client)
-    for placeholder, value in {"TOKEN=...": f"TOKEN={TOKEN}", "8000": str(live.port), "CLIENT_ID": client_id}.items():
+    for placeholder, value in {
+        "TOKEN=...": f"TOKEN={TOKEN}",
+        "8000": str(live.port),
+        "CLIENT_ID": client_id,
+    }.items():
         assert placeholder in commands
         commands = commands.replace(placeholder, value)
-    answers = subprocess.run(["bash", "-e"], input=commands, capture_output=True, text=True, check=True).stdout
-    listed, described, announced, healthy = map(json.loads, answers.replace("}{", "}\n{").splitlines())
+    answers = subprocess.run(
+        ["bash", "-e"], input=commands, capture_output=True, text=True, check=True
+    ).stdout
+    listed, described, announced, healthy = map(
+        json.loads, answers.replace("}{", "}\n{").splitlines()
+    )
     assert (listed["total"], listed["clients"][0]) == (2, described)
     assert described["id"] == client_id
     assert close_code(client) == 1008
@@ -3622,15 +4161,25 @@ def test_the_curl_commands_of_the_readme_do_what_it_says(live: Live, connect: Co
     assert (hear(other)["message"], healthy) == ("Hello, all.", {"status": "ok"})
 
 
-def test_the_workers_of_the_readme_are_one_server_and_a_killed_one_leaves_no_gauge(tmp_path: Path) -> None:
+def test_the_workers_of_the_readme_are_one_server_and_a_killed_one_leaves_no_gauge(
+    tmp_path: Path,
+) -> None:
     *_, commands = blocks("sh")
     installs = r"\.venv/bin/pip install --quiet -e '\.\[(\w+)\]' && \.venv/bin/uvicorn"
     (extra,) = re.findall(installs, commands)
-    assert extra in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert (
+        extra
+        in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    )
     with RedisServer() as redis_server, contextlib.ExitStack() as stack:
         commands = re.sub(installs, f"exec {find('uvicorn')}", commands.strip())
-        commands = commands.replace("6379", str(redis_server.port)).replace("choose-one", TOKEN) + " --port {port}"
-        process = stack.enter_context(Process("-ec", commands, program=find("bash"), TMPDIR=str(tmp_path)))
+        commands = (
+            commands.replace("6379", str(redis_server.port)).replace("choose-one", TOKEN)
+            + " --port {port}"
+        )
+        process = stack.enter_context(
+            Process("-ec", commands, program=find("bash"), TMPDIR=str(tmp_path))
+        )
         wait_until(lambda: process.log.count("redis_joined") == 4, "four workers to join", 30)
         clients: list[ClientConnection] = []
         nodes: set[str] = set()
@@ -3642,15 +4191,22 @@ def test_the_workers_of_the_readme_are_one_server_and_a_killed_one_leaves_no_gau
         say(clients[0], "m", to="all")
         for client in clients:
             assert hear(client)["event_name"] == "m"
-        wait_until(lambda: metrics(process.port)["messages_sent_total"] == 2 * len(clients), "the count")
+        wait_until(
+            lambda: metrics(process.port)["messages_sent_total"] == 2 * len(clients), "the count"
+        )
         read: Callable[[Path], Any] = MmapedDict.read_all_values_from_file
         gauges = tmp_path.glob("*/gauge_livesum_*.db")
         victim = next(path for path in gauges if any(value for _, value, *_ in read(path)))
         os.kill(int(victim.stem.split("_")[-1]), signal.SIGKILL)
-        wait_until(lambda: metrics(process.port)["clients"] == total(process.port) < len(clients), "its gauge to go")
+        wait_until(
+            lambda: metrics(process.port)["clients"] == total(process.port) < len(clients),
+            "its gauge to go",
+        )
 
 
-def test_a_page_with_the_javascript_of_the_readme_hears_messages_and_comes_back(browser: Browser, live: Live) -> None:
+def test_a_page_with_the_javascript_of_the_readme_hears_messages_and_comes_back(
+    browser: Browser, live: Live
+) -> None:
     (script,) = blocks("js")
     with (
         browser.new_page() as page,
@@ -3661,18 +4217,25 @@ def test_a_page_with_the_javascript_of_the_readme_hears_messages_and_comes_back(
         page.add_script_tag(content=script)
 
         def announce(payload: str) -> int:
-            return int(api.post("/messages", json={"event_name": "news", "payload": payload}).json()["recipients"])
+            return int(
+                api.post("/messages", json={"event_name": "news", "payload": payload}).json()[
+                    "recipients"
+                ]
+            )
 
         for payload in ("first", "second"):
             wait_until(functools.partial(announce, payload), "the page to connect")
-            page.wait_for_function("text => heard.includes(text)", arg=f"news {payload}", timeout=LIMIT * 1000)
+            page.wait_for_function(
+                "text => heard.includes(text)", arg=f"news {payload}", timeout=LIMIT * 1000
+            )
             assert api.delete(f"/clients/{next(iter(datadivr.clients))}").status_code == 204
 
 
-# ---- Benchmarks: `pytest -m benchmark` -------------------------------------------------------------------------------
+# ---- Benchmarks: `pytest -m benchmark` -----------------------------------------------------------
 #
-# Each server runs in a process of its own, on one processor where there are two, and this process on another. The
-# servers take turns within a round, and what counts is the ratio of the medians: the machine's own speed drops out.
+# Each server runs in a process of its own, on one processor where there are two, and this process
+# on another. The servers take turns within a round, and what counts is the ratio of the medians:
+# the machine's own speed drops out.
 
 TUTORIAL = '''
     """The pattern that FastAPI tutorials teach: one awaited send_json per client."""
@@ -3707,7 +4270,8 @@ TUTORIAL = '''
                 message.from_id = client_id
                 data = message.model_dump()
                 for other, other_id in list(clients.items()):
-                    if message.to in ("all", other_id) or (message.to == "others" and other is not websocket):
+                    others = message.to == "others" and other is not websocket
+                    if others or message.to in ("all", other_id):
                         await other.send_json(data)
         except WebSocketDisconnect:
             del clients[websocket]
@@ -3720,9 +4284,8 @@ SOCKETIO = '''
     import socketio
     from fastapi import FastAPI
 
-    server = socketio.AsyncServer(
-        async_mode="asgi", client_manager=socketio.AsyncRedisManager(os.environ["DATADIVR_REDIS_URL"])
-    )
+    manager = socketio.AsyncRedisManager(os.environ["DATADIVR_REDIS_URL"])
+    server = socketio.AsyncServer(async_mode="asgi", client_manager=manager)
 
     @server.on("msg")
     async def relay(session_id, message):
@@ -3736,7 +4299,8 @@ SOCKETIO = '''
 
     app = socketio.ASGIApp(server, http)
 '''
-MARK = b"\xc3"  # the first byte of the ÿ in each message of a load: one byte, so that no read can cut it in two
+# The first byte of the ÿ in each message of a load: one byte, so that no read can cut it in two.
+MARK = b"\xc3"
 
 
 class Peer(asyncio.Protocol):
@@ -3781,9 +4345,12 @@ class Peer(asyncio.Protocol):
 
 
 class BrowserPeer(Peer):
-    """A client that offers permessage-deflate: it counts frames, of less than 64 KiB, since marks are compressed."""
+    """A client that offers permessage-deflate: marks are compressed, so it counts frames."""
 
-    upgrade = UPGRADE[:-2] + b"Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits\r\n\r\n"
+    upgrade = (
+        UPGRADE[:-2]
+        + b"Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits\r\n\r\n"
+    )
     unread = b""
     kinds: tuple[bytes, ...] = (b"",)  # what a frame that counts begins with
 
@@ -3859,7 +4426,9 @@ class Load:
 
 def text_to_all(size: int) -> bytes:
     filler = random.Random(0).randbytes(size // 2).hex()
-    return masked(json.dumps({"event_name": "msg", "to": "all", "message": f"ÿ{filler}"}, ensure_ascii=False))
+    return masked(
+        json.dumps({"event_name": "msg", "to": "all", "message": f"ÿ{filler}"}, ensure_ascii=False)
+    )
 
 
 PROCESSORS = sorted(os.sched_getaffinity(0))
@@ -3870,7 +4439,12 @@ def pinned(folder: Path, name: str, *options: str, **variables: Any) -> Iterator
     """Run one of the servers, on a processor of its own where there are two."""
     for peer, script in (("tutorial", TUTORIAL), ("socketio_server", SOCKETIO)):
         (folder / f"{peer}.py").write_text(textwrap.dedent(script))
-    quiet = ["--log-level", "warning", "--ws-ping-interval", "0"]  # a ping's random bytes could hold a mark
+    quiet = [
+        "--log-level",
+        "warning",
+        "--ws-ping-interval",
+        "0",
+    ]  # a ping's random bytes could hold a mark
     command = ["-m", "uvicorn", f"{name}:app", "--port", "{port}", *quiet, *options]
     with Process(*command, cwd=folder, **variables) as process:
         os.sched_setaffinity(process.popen.pid, PROCESSORS[:1])
@@ -3894,7 +4468,9 @@ def report(capsys: pytest.CaptureFixture[str], *rows: tuple[object, ...]) -> Non
 
 
 @pytest.mark.benchmark
-def test_fan_out_beside_the_tutorials_pattern(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_fan_out_beside_the_tutorials_pattern(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     workloads = {
         "one message at a time": (200, 300, 1, 64, 1),
         "16 in flight": (200, 1600, 16, 64, 1),
@@ -3904,7 +4480,9 @@ def test_fan_out_beside_the_tutorials_pattern(tmp_path: Path, capsys: pytest.Cap
     }
     rates: dict[tuple[str, str], list[float]] = {}
 
-    async def run(port: int, name: str, clients: int, messages: int, window: int, size: int, publishers: int) -> float:
+    async def run(
+        port: int, name: str, clients: int, messages: int, window: int, size: int, publishers: int
+    ) -> float:
         load = Load(port, peer=BrowserPeer if "deflate" in name else Peer)
         await load.connect(clients)
         rate = await load.publish(messages, window, text_to_all(size), publishers)
@@ -3912,21 +4490,33 @@ def test_fan_out_beside_the_tutorials_pattern(tmp_path: Path, capsys: pytest.Cap
         return rate
 
     for _ in range(3):
-        for server, share in (("datadivr", 1), ("tutorial", 8)):  # the slow one does a part of the work
+        for server, share in (
+            ("datadivr", 1),
+            ("tutorial", 8),
+        ):  # the slow one does a part of the work
             with pinned(tmp_path, server) as process:
                 for workload, (clients, messages, *rest) in workloads.items():
-                    rate = asyncio.run(run(process.port, workload, clients, messages // share, *rest))
+                    rate = asyncio.run(
+                        run(process.port, workload, clients, messages // share, *rest)
+                    )
                     rates.setdefault((workload, server), []).append(rate)
-    rows: list[tuple[object, ...]] = [("200 clients", "datadivr/s", "tutorial/s", "ratio"), ("---",) * 4]
+    rows: list[tuple[object, ...]] = [
+        ("200 clients", "datadivr/s", "tutorial/s", "ratio"),
+        ("---",) * 4,
+    ]
     for workload in workloads:
-        ours, theirs = (statistics.median(rates[workload, server]) for server in ("datadivr", "tutorial"))
+        ours, theirs = (
+            statistics.median(rates[workload, server]) for server in ("datadivr", "tutorial")
+        )
         rows.append((workload, f"{ours:,.0f}", f"{theirs:,.0f}", f"{ours / theirs:.1f}x"))
         assert ours > theirs
     report(capsys, *rows)
 
 
 @pytest.mark.benchmark
-def test_two_nodes_beside_socketio_and_what_redis_costs_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_nodes_beside_socketio_and_what_redis_costs_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     need(importlib.util.find_spec("socketio"), "python-socketio")
     event = masked('42["msg",' + json.dumps({"message": "x" * 64}) + "]")
     settings: dict[str, tuple[str, int, int, type[Peer], bytes]] = {
@@ -3966,7 +4556,9 @@ def test_two_nodes_beside_socketio_and_what_redis_costs_one(tmp_path: Path, caps
 
 
 @pytest.mark.benchmark
-def test_size_and_arrival_beside_the_tutorials_pattern(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_size_and_arrival_beside_the_tutorials_pattern(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     figures: dict[str, list[tuple[float, float]]] = {}
 
     async def run(process: Process) -> tuple[float, float]:
@@ -3986,19 +4578,33 @@ def test_size_and_arrival_beside_the_tutorials_pattern(tmp_path: Path, capsys: p
         for server in ("datadivr", "tutorial"):
             with pinned(tmp_path, server) as process:
                 figures.setdefault(server, []).append(asyncio.run(run(process)))
-    ours, theirs = (tuple(map(statistics.median, zip(*runs, strict=True))) for runs in figures.values())
+    ours, theirs = (
+        tuple(map(statistics.median, zip(*runs, strict=True))) for runs in figures.values()
+    )
     report(
         capsys,
         ("4,000 clients", "datadivr", "tutorial", "ratio"),
         ("---",) * 4,
-        ("bytes an idle client", f"{ours[0]:,.0f}", f"{theirs[0]:,.0f}", f"{ours[0] / theirs[0]:.2f}x"),
-        ("connections accepted a second", f"{ours[1]:,.0f}", f"{theirs[1]:,.0f}", f"{ours[1] / theirs[1]:.2f}x"),
+        (
+            "bytes an idle client",
+            f"{ours[0]:,.0f}",
+            f"{theirs[0]:,.0f}",
+            f"{ours[0] / theirs[0]:.2f}x",
+        ),
+        (
+            "connections accepted a second",
+            f"{ours[1]:,.0f}",
+            f"{theirs[1]:,.0f}",
+            f"{ours[1] / theirs[1]:.2f}x",
+        ),
     )
     assert ours[0] < theirs[0]
 
 
 @pytest.mark.benchmark
-def test_a_stalled_client_costs_the_others_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_stalled_client_costs_the_others_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     limit = 4 * 1024 * 1024
 
     async def run(process: Process, *, stall: bool) -> tuple[float, int, int]:
@@ -4015,10 +4621,20 @@ def test_a_stalled_client_costs_the_others_nothing(tmp_path: Path, capsys: pytes
         return rate, grown, int(metrics(process.port)['errors_total{type="slow_client"}'])
 
     with pinned(tmp_path, "datadivr") as process:
-        runs = [(asyncio.run(run(process, stall=False)), asyncio.run(run(process, stall=True))) for _ in range(5)]
+        runs = [
+            (asyncio.run(run(process, stall=False)), asyncio.run(run(process, stall=True)))
+            for _ in range(5)
+        ]
     ratio = statistics.median(stalled[0] / free[0] for free, stalled in runs)
     grown = max(stalled[1] for _, stalled in runs)
-    report(capsys, ("deliveries/s of 200 with a stalled client, to without", f"{ratio:.2f}x", f"+{grown:,} bytes"))
+    report(
+        capsys,
+        (
+            "deliveries/s of 200 with a stalled client, to without",
+            f"{ratio:.2f}x",
+            f"+{grown:,} bytes",
+        ),
+    )
     assert [stalled[2] for _, stalled in runs] == [1, 2, 3, 4, 5]
     assert ratio >= 0.95
     assert grown < 2 * limit
@@ -4046,19 +4662,25 @@ def test_ten_thousand_clients_are_held_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.benchmark
-def test_clients_that_come_and_go_leave_nothing_behind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_clients_that_come_and_go_leave_nothing_behind(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     cycles, at_once = 50_000, 100
     close = b"\x88\x80\0\0\0\0"
 
     async def cycle(load: Load, number: int) -> None:
-        _, peer = await asyncio.get_running_loop().create_connection(lambda: Peer(load), "127.0.0.1", next(load.ports))
+        _, peer = await asyncio.get_running_loop().create_connection(
+            lambda: Peer(load), "127.0.0.1", next(load.ports)
+        )
         await peer.open
         peer.transport.write(masked('{"event_name": "whoami"}'))
         if number % 2:
             peer.transport.write(close)
         else:
             linger = struct.pack("ii", 1, 0)
-            peer.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            peer.transport.get_extra_info("socket").setsockopt(
+                socket.SOL_SOCKET, socket.SO_LINGER, linger
+            )
             peer.transport.abort()
         await peer.lost
 
@@ -4075,19 +4697,28 @@ def test_clients_that_come_and_go_leave_nothing_behind(tmp_path: Path, capsys: p
     with pinned(tmp_path, "datadivr") as process:
         grown = asyncio.run(run(process))
         after = metrics(process.port)
-    report(capsys, (f"{cycles:,} clients that came and went", f"{grown:+,} bytes after the first quarter"))
+    report(
+        capsys,
+        (f"{cycles:,} clients that came and went", f"{grown:+,} bytes after the first quarter"),
+    )
     assert (after["clients"], after["connections_total"]) == (0, cycles)
-    assert sum(value for name, value in after.items() if name.startswith("disconnections")) == cycles
+    assert (
+        sum(value for name, value in after.items() if name.startswith("disconnections")) == cycles
+    )
     assert grown < 2 * 1024 * 1024
 
 
 @pytest.mark.benchmark
-def test_a_flood_leaves_the_others_their_latency(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_flood_leaves_the_others_their_latency(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     async def run(process: Process) -> list[float]:
         flood, pair = Load(process.port), Load(process.port)
         await flood.connect(1)
         await pair.connect(2)
-        flood.peers[0].transport.write(masked('{"event_name": "x", "to": "nobody"}') * 100_000 + text_to_all(0))
+        flood.peers[0].transport.write(
+            masked('{"event_name": "x", "to": "nobody"}') * 100_000 + text_to_all(0)
+        )
         times: list[float] = []
         while flood.peers[0].deliveries <= len(times):  # until the message after the flood has come
             start = time.perf_counter()
@@ -4101,7 +4732,9 @@ def test_a_flood_leaves_the_others_their_latency(tmp_path: Path, capsys: pytest.
     with pinned(tmp_path, "datadivr") as process:
         times = sorted(asyncio.run(run(process)))
     p99 = times[int(len(times) * 0.99)]
-    report(capsys, (f"p99 of {len(times)} messages during a flood of 100,000", f"{p99 * 1000:.1f} ms"))
+    report(
+        capsys, (f"p99 of {len(times)} messages during a flood of 100,000", f"{p99 * 1000:.1f} ms")
+    )
     assert len(times) > 100
     assert p99 < 0.020
 
