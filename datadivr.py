@@ -8,12 +8,9 @@
 #     "prometheus-client>=0.20.0",
 # ]
 # ///
-# ruff: noqa: E501
 """A WebSocket message server with an HTTP admin API, in one file.
 
-Copy this file into a project and run ``uvicorn datadivr:app``. Clients connect to ``/ws`` and send JSON messages
-to ``all``, to ``others`` or to one client's id. A handler registered for a message's event answers it; a message
-without a handler is relayed as it is::
+Copy it into a project, register handlers, and run ``uvicorn datadivr:app``::
 
     from datadivr import WebSocketMessage, app, websocket_handler
 
@@ -21,29 +18,17 @@ without a handler is relayed as it is::
     async def greet(message: WebSocketMessage) -> WebSocketMessage:
         return WebSocketMessage(event_name="greeting", payload="hello", to=message.from_id)
 
-Settings are environment variables; one that is empty counts as not set:
-
-==================================== =========== ==================================================================
-DATADIVR_ADMIN_TOKEN                 random      bearer token of the admin API; a random one is logged at the start
-DATADIVR_CLIENT_TOKEN                none        bearer token that clients must bring
-DATADIVR_ALLOWED_ORIGINS             none        comma-separated origins, besides the server's own; ``*`` allows any
-DATADIVR_MAX_MESSAGE_BYTES           1048576     longest message, in bytes of UTF-8
-DATADIVR_MAX_MESSAGES_PER_SECOND     0           messages a second from one client; 0 is no limit
-DATADIVR_MAX_CLIENTS                 0           clients connected at once; 0 is no limit
-DATADIVR_MAX_BUFFER_BYTES            4194304     bytes unsent to one client, above which it is dropped
-DATADIVR_COMPRESS_MIN_BYTES          1024        shortest message compressed once for all that can; 0 is none
-DATADIVR_PROTECT_METRICS             false       whether ``/metrics`` asks for the admin token
-DATADIVR_REDIS_URL                   none        ``redis://...``, of the Redis that makes all processes one server
-DATADIVR_REDIS_PREFIX                datadivr    begins the names of the channels there: one a server
-DATADIVR_LOG_LEVEL                   INFO        DEBUG, INFO, WARNING, ERROR or CRITICAL
-DATADIVR_LOG_FORMAT                  console     console or json
-==================================== =========== ==================================================================
+The way of a message through this file: `handle_connection` accepts a client, and `_read_messages`
+takes what it sends. `parse_message` makes a `WebSocketMessage` of it, `handle_msg` runs its event's
+handler, and `_publish` sends the answer, or a message without a handler as it is. `_Room.publish`
+adds it to the `_Turn`: all that is published in one turn of the event loop. When that is over,
+`_Room.flush` writes it to each client at once, through a `_UvicornConnection` or an
+`_AsgiConnection`; `_peers` takes it to the other processes, if there are any.
 """
 
 import argparse
 import asyncio
 import base64
-import functools
 import hashlib
 import hmac
 import inspect
@@ -51,31 +36,22 @@ import itertools
 import json
 import logging
 import math
-import operator
 import os
 import re
 import secrets
 import struct
 import sys
-import threading
 import time
 import uuid
 import zlib
-from collections import defaultdict, deque
-from collections.abc import (
-    AsyncIterator,
-    Awaitable,
-    Callable,
-    Iterable,
-    Iterator,
-    Mapping,
-    Sequence,
-)
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 from enum import Enum
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, NoReturn, get_args
+from typing import Annotated, Any, Generic, Literal, get_args
+from urllib.parse import parse_qs, urlsplit
 
 import structlog
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Request, Response, WebSocket
@@ -85,147 +61,190 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
-from pydantic import BaseModel, BeforeValidator, Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, TypeAdapter, ValidationError
 from starlette.requests import ClientDisconnect
 from starlette.responses import HTMLResponse, PlainTextResponse
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from typing_extensions import TypeVar
 
+__all__ = [
+    "Announcement", "App", "Client", "ClientInfo", "ClientPage", "HandlerType",
+    "InvalidMessageFormat", "Recipients", "Settings", "WebSocketMessage", "app", "authorize_client",
+    "broadcast", "clients", "create_error_message", "create_message", "get_handlers",
+    "handle_connection", "handle_msg", "main", "parse_message", "router", "sum_handler",
+    "websocket_endpoint", "websocket_handler",
+]  # fmt: skip
 __version__ = "1.0.0"
 
-# ---- Settings ------------------------------------------------------------------------------------
+# ---- Settings and logging ------------------------------------------------------------------------
 
-# RFC 9110, 5.6.2: what an Authorization header and a WebSocket subprotocol can both carry.
-Token = Annotated[str, Field(pattern=r"^[!#$%&'*+.^_`|~0-9A-Za-z-]+$")]
-Origin = Annotated[str, Field(pattern=r"^(\*|null|[a-z][a-z0-9+.-]*://[^/?#@]+)$")]
+# What both an Authorization header and a WebSocket subprotocol can carry (RFC 9110, 5.6.2).
+_Token = Annotated[str, Field(pattern=r"^[!#$%&'*+.^_`|~0-9A-Za-z-]+$")]
+_DEFAULT_PORTS = {"http": 80, "https": 443, "ws": 80, "wss": 443}
+
+
+def _normalise_origin(text: str) -> str:
+    """Return an origin in the one form that can be compared (RFC 6454, 4).
+
+    The host is in lower case and in ASCII ("xn--..."), a scheme's default port is left out.
+    """
+    if text in ("*", "null", "file://"):
+        return text
+    parts = urlsplit(text)
+    if not parts.hostname or parts.path or set("@?#*") & set(text):
+        raise ValueError("expected scheme://host or scheme://host:port")
+    host = parts.hostname.encode("idna").decode()
+    host = f"[{host}]" if ":" in host else host
+    has_port = parts.port not in (None, _DEFAULT_PORTS.get(parts.scheme))
+    return f"{parts.scheme}://{host}:{parts.port}" if has_port else f"{parts.scheme}://{host}"
+
+
+_Origin = Annotated[str, AfterValidator(_normalise_origin)]
+_Positive = Annotated[int, Field(gt=0)]
+_Limit = Annotated[int, Field(ge=0)]  # 0 is no limit
+_Level = Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
 
 
 class Settings(BaseModel):
-    """The limits and secrets of one process; the table at the head of this file says what each is."""
+    """One process's secrets and limits, each from ``DATADIVR_`` and its name in capitals."""
 
-    admin_token: Token | None = None
-    client_token: Token | None = None
-    allowed_origins: Annotated[
-        tuple[Origin, ...], BeforeValidator(lambda text: text.lower().replace(" ", "").split(","))
-    ] = ()
-    max_message_bytes: PositiveInt = 1024 * 1024
-    max_messages_per_second: NonNegativeInt = 0
-    max_clients: NonNegativeInt = 0
-    max_buffer_bytes: PositiveInt = 4 * 1024 * 1024
-    compress_min_bytes: NonNegativeInt = 1024
-    protect_metrics: bool = False
+    admin_token: _Token | None = None  # of the admin API; a random one is made up and logged
+    client_token: _Token | None = None  # that clients must bring
+    allowed_origins: tuple[_Origin, ...] = ()  # of pages from elsewhere, by commas; "*" is any
+    max_message_bytes: _Positive = 1024 * 1024  # from a client, in UTF-8
+    max_messages_per_second: _Limit = 0  # from one client; the others are dropped
+    max_clients: _Limit = 0  # connected at once
+    max_buffer_bytes: _Positive = 4 * 1024 * 1024  # unsent to one client, which is then dropped
+    compress_min_bytes: _Limit = 1024  # of a message that is compressed, once for all; 0 is none
+    protect_metrics: bool = False  # whether /metrics asks for the admin token
     redis_url: Annotated[str, Field(pattern="^(rediss?|unix)://")] | None = None
-    redis_prefix: str = "datadivr"
-    log_level: Annotated[
-        Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"], BeforeValidator(str.upper)
-    ] = "INFO"
+    redis_prefix: str = "datadivr"  # of channels' names: one an installation
+    log_level: Annotated[_Level, BeforeValidator(str.upper)] = "INFO"
     log_format: Annotated[Literal["console", "json"], BeforeValidator(str.lower)] = "console"
 
 
-def read_settings(environ: Mapping[str, str]) -> Settings:
-    """Read the settings from `DATADIVR_*` variables.
+def _read_settings(environ: Mapping[str, str]) -> Settings:
+    """Read the settings from `DATADIVR_*` variables; one that is empty counts as not set.
 
     Raises:
-        ValueError: names each variable that is wrong, what was expected, and what came, but for what is secret.
-
+        ValueError: names each wrong variable, what was expected, and what came if it is no secret.
     """
-    values = {
-        name: value
-        for name in Settings.model_fields
-        if (value := environ.get(f"DATADIVR_{name.upper()}"))
-    }
+    variables = {name: environ.get(f"DATADIVR_{name.upper()}") for name in Settings.model_fields}
+    values: dict[str, Any] = {name: text for name, text in variables.items() if text}
+    if "allowed_origins" in values:
+        values["allowed_origins"] = [text.strip() for text in values["allowed_origins"].split(",")]
     try:
         return Settings.model_validate(values)
     except ValidationError as error:
-        wrong = []
+        faults = []
         for detail in error.errors():
             name = str(detail["loc"][0])
-            came = "" if name.endswith(("token", "redis_url")) else f" (it is {values[name]!r})"
-            wrong.append(f"DATADIVR_{name.upper()}: {detail['msg']}{came}")
-        raise ValueError("; ".join(wrong)) from None
+            is_secret = name.endswith(("token", "redis_url"))
+            came = "" if is_secret else f" (it is {variables[name]!r})"
+            faults.append(f"DATADIVR_{name.upper()}: {detail['msg']}{came}")
+        raise ValueError("; ".join(faults)) from None
 
 
-settings = read_settings(os.environ)
-logger = structlog.get_logger("datadivr")
-
-if not structlog.is_configured():
-    _plain = (
-        structlog.dev.plain_traceback
-    )  # the default formatter shows local variables, and so payloads
+def _configure_logging() -> None:
+    """Configure structlog, where the host project has not done so."""
+    if structlog.is_configured():
+        return
+    # The default formatter of tracebacks shows local variables, and so payloads.
+    plain, tty = structlog.dev.plain_traceback, sys.stdout.isatty()
+    renderers: list[Any] = [structlog.dev.ConsoleRenderer(colors=tty, exception_formatter=plain)]
+    if _settings.log_format == "json":
+        renderers = [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
-            *(
-                [
-                    structlog.dev.ConsoleRenderer(
-                        colors=sys.stdout.isatty(), exception_formatter=_plain
-                    )
-                ]
-                if settings.log_format == "console"
-                else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
-            ),
+            *renderers,
         ],
-        wrapper_class=structlog.make_filtering_bound_logger(
-            logging.getLevelNamesMapping()[settings.log_level]
-        ),
+        wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, _settings.log_level)),
     )
 
 
-_warned_at: dict[str, float] = {}
+_settings = _read_settings(os.environ)
+_configure_logging()
+_log = structlog.get_logger("datadivr")
+_warned_at: dict[tuple[str, object], float] = {}
 
 
-def warn(event: str, **fields: str) -> None:
-    """Log what anybody can bring about: once a minute as a warning, else for DEBUG."""
-    first = time.monotonic() - _warned_at.get(event, -math.inf) > 60
-    if first:
-        _warned_at[event] = time.monotonic()
-    (logger.warning if first else logger.debug)(event, **fields)
+def _warn(event: str, **fields: Any) -> None:
+    """Log what anybody can bring about: once a minute as a warning, otherwise for DEBUG."""
+    key = event, fields.get("event_name")  # one handler's faults must not hide another's
+    now = time.monotonic()
+    if now - _warned_at.get(key, -math.inf) < 60:
+        _log.debug(event, **fields)
+    else:
+        _warned_at[key] = now
+        _log.warning(event, **fields)
+
+
+def _count_error(code: str, **fields: Any) -> None:
+    """Count an error that anybody can bring about, and log it."""
+    _errors_total.labels(code).inc()
+    _warn(code, **fields)
 
 
 # ---- Messages ------------------------------------------------------------------------------------
 
-EVERYBODY = ("all", "others")
-EventName = Annotated[str, Field(min_length=1, max_length=128)]
-UnreservedEventName = Annotated[EventName, Field(pattern=r"^[^$]")]
+_EVERYBODY = ("all", "others")
+_EventName = Annotated[str, Field(min_length=1, max_length=128)]
+_UnreservedEventName = Annotated[_EventName, Field(pattern=r"^[^$]")]
+_PayloadT = TypeVar("_PayloadT", default=Any)
 
 
 class InvalidMessageFormat(ValueError):  # noqa: N818  # a promised name
-    """Raised for text or bytes that are not a message; says which field is wrong and what was expected."""
+    """Raised for what is not a message, or not one that its handler takes.
+
+    It says which fields are wrong and what was expected. `code` is "invalid_message", or
+    "invalid_payload" where a handler's type refuses the payload.
+    """
+
+    def __init__(self, text: str, code: str = "invalid_message") -> None:
+        super().__init__(text)
+        self.code = code
 
 
-class InvalidPayload(ValueError):  # noqa: N818  # as the promised one
-    """Raised for a payload that is not of a handler's type; says which fields are wrong and what was expected."""
-
-
-PayloadT = TypeVar("PayloadT", default=Any)
-
-
-class WebSocketMessage(BaseModel, Generic[PayloadT]):
+class WebSocketMessage(BaseModel, Generic[_PayloadT]):
     """One message, as it goes over the wire in JSON.
 
     Attributes:
         event_name: 1 to 128 characters; names that begin with ``$`` are the server's own.
-        payload: anything that JSON can hold, or what the type in `WebSocketMessage[type]` can. Numbers that JSON has
-            no name for (NaN, infinity) go out as null.
-        to: ``all``, ``others`` (everybody but the client whose message is being handled), or one client's id.
+        payload: what JSON, or the type in `WebSocketMessage[type]`, can hold; NaN becomes null.
+        to: ``all``, ``others`` (all but the client whose message is handled), or a client's id.
         from_id: the sender's id, or ``server``.
         message: a sentence for people, or None.
-
     """
 
-    event_name: EventName
-    payload: PayloadT = None  # type: ignore[assignment]  # Any by default
+    event_name: _EventName
+    payload: _PayloadT = None  # type: ignore[assignment]  # Any by default
     to: str = "others"
     from_id: str = "server"
     message: str | None = None
 
 
-class ClientMessage(WebSocketMessage):
-    """What a client may send."""
+class _ClientMessage(WebSocketMessage):
+    event_name: _UnreservedEventName
 
-    event_name: UnreservedEventName
+
+# Make the JSON that goes over the wire, with all five keys. It raises PydanticSerializationError
+# for a payload that JSON cannot hold. (`model_dump_json` makes text, to be encoded again.)
+_encode = TypeAdapter(WebSocketMessage).dump_json
+
+
+def parse_message(data: str | bytes) -> WebSocketMessage:
+    """Make a message of what a client sent: a JSON object with `event_name` at least.
+
+    Raises:
+        InvalidMessageFormat: names the fields that are wrong, without what came in them.
+    """
+    try:
+        return _ClientMessage.model_validate_json(data)
+    except ValidationError as error:
+        raise InvalidMessageFormat(_describe(error)) from None
 
 
 def create_message(
@@ -236,245 +255,203 @@ def create_message(
 
 
 def create_error_message(error_msg: str, to: str, code: str = "error") -> WebSocketMessage:
-    """Make an `error` message: a sentence for people in `message`, a `code` for programs in `payload`."""
+    """Make an `error` message: a sentence in `message`, and a `code` for programs in `payload`."""
     return create_message("error", {"code": code}, to, error_msg)
 
 
-def describe(error: ValidationError) -> str:
+def _describe(error: ValidationError) -> str:
     """Say which fields are wrong and what was expected, without the input."""
     if error.error_count() > 20:  # a list of a megabyte can hold as many as it has items
         return f"{error.error_count()} fields are wrong"
-    return "; ".join(
-        f"{'.'.join(map(str, detail['loc'])) or 'message'}: {detail['msg']}"
-        for detail in error.errors(include_input=False, include_url=False)
-    )
-
-
-def encode(message: WebSocketMessage) -> bytes:
-    """Make the JSON that goes over the wire, with all five keys.
-
-    Raises:
-        PydanticSerializationError: the payload holds something that JSON cannot.
-
-    """
-    return WebSocketMessage.__pydantic_serializer__.to_json(message)
+    faults = []
+    for detail in error.errors(include_input=False, include_url=False):
+        field = ".".join(map(str, detail["loc"])) or "message"
+        faults.append(f"{field}: {detail['msg']}")
+    return "; ".join(faults)
 
 
 # ---- Handlers ------------------------------------------------------------------------------------
 
-Answer = WebSocketMessage | None
-Handler = Callable[[WebSocketMessage], Answer | Awaitable[Answer]]
-HandlerT = TypeVar("HandlerT", bound=Handler)
+_Answer = WebSocketMessage | None
+_Handler = Callable[[WebSocketMessage], _Answer | Awaitable[_Answer]]
+_HandlerT = TypeVar("_HandlerT", bound=_Handler)
 
 
 class HandlerType(Enum):
-    """Where a handler runs. The server runs those of SERVER and BOTH; CLIENT is for clients written in Python."""
+    """Where a handler runs: the server runs those of SERVER and BOTH.
+
+    A client written in Python runs those of CLIENT and BOTH. None is in this file.
+    """
 
     SERVER = "server"
     CLIENT = "client"
     BOTH = "both"
 
 
-_registry: dict[HandlerType, dict[str, tuple[Handler, type[WebSocketMessage] | None]]] = {
-    handler_type: {} for handler_type in HandlerType
-}
+# By the event's name: the handler, and what its parameter is annotated with.
+_Registry = dict[str, tuple[_Handler, type[WebSocketMessage] | None]]
+_handlers: dict[HandlerType, _Registry] = {kind: {} for kind in HandlerType}
 
 
 def websocket_handler(
     event_name: str, handler_type: HandlerType = HandlerType.SERVER
-) -> Callable[[HandlerT], HandlerT]:
+) -> Callable[[_HandlerT], _HandlerT]:
     """Register the decorated function for an event; the last registration of a name wins.
 
-    The function takes a `WebSocketMessage` and returns one, which goes to its `to`, or None. A coroutine function
-    runs in the event loop, which it must not block, a plain one in the thread pool (AnyIO's, of 40 threads). One
-    client's messages are handled one after the other, so a handler that awaits long holds up its own client alone. The
-    names `$connect` and `$disconnect` are for clients that came and went.
+    The function takes a `WebSocketMessage` and returns one, which goes to its `to`, or None. A
+    coroutine function runs in the event loop, which it must not block, a plain one in one of
+    AnyIO's 40 threads. One client's messages are handled one after the other, so a handler that
+    awaits long holds up its own client alone. `$connect` and `$disconnect` are the events of a
+    client that came and one that went.
 
-    Where its parameter is annotated `WebSocketMessage[type]`, it runs for payloads of that type alone, such as a
-    pydantic model; for others, the sender gets an `invalid_payload` error that names the fields.
+    Where its parameter is annotated `WebSocketMessage[type]`, it runs for payloads of that type
+    alone, such as a pydantic model; for others, the sender gets an `invalid_payload` error.
 
     Raises:
         NameError: the annotation is text and names a type that is not there, or not yet.
-
     """
 
-    def register(handler: HandlerT) -> HandlerT:
-        registered = handler, _find_type(handler)
+    def register(handler: _HandlerT) -> _HandlerT:
+        registered = handler, _find_message_type(handler)
         for kind in HandlerType if handler_type is HandlerType.BOTH else (handler_type,):
-            _registry[kind][event_name] = registered
+            _handlers[kind][event_name] = registered
         return handler
 
     return register
 
 
-def _find_type(handler: Handler) -> type[WebSocketMessage] | None:
-    """Return the kind of `WebSocketMessage` that a handler's parameter is annotated with; None for any."""
+def _find_message_type(handler: _Handler) -> type[WebSocketMessage] | None:
+    """Return the `WebSocketMessage[type]` that a handler's parameter is annotated with, or None."""
     try:
         parameter = next(iter(inspect.signature(handler, eval_str=True).parameters.values()))
-    except (
-        Exception
-    ):  # it has none, or is written in C, or its annotations are text that names what is not there
+    except Exception:
+        # It has none, or is written in C, or its annotations name what is not there. Only that is
+        # a fault, and only where it is the payload's type.
         with suppress(ValueError):
             if "WebSocketMessage[" in str(inspect.signature(handler)):
                 raise
         return None
-    named = (
-        parameter.annotation,
-        *get_args(parameter.annotation),
-    )  # it may stand in Annotated, or with None
-    kinds = {
-        kind for kind in named if isinstance(kind, type) and issubclass(kind, WebSocketMessage)
-    }
-    return kinds.pop() if len(kinds) == 1 and WebSocketMessage not in kinds else None
+    found = set()
+    for kind in (parameter.annotation, *get_args(parameter.annotation)):  # Annotated, or | None
+        if isinstance(kind, type) and issubclass(kind, WebSocketMessage):
+            found.add(kind)
+    return found.pop() if len(found) == 1 and WebSocketMessage not in found else None
 
 
-def get_handlers(handler_type: HandlerType) -> dict[str, Handler]:
-    """Return the handlers of one type, by event name. Those of BOTH are among the other two types' too."""
-    return {event_name: handler for event_name, (handler, _) in _registry[handler_type].items()}
+def get_handlers(handler_type: HandlerType = HandlerType.SERVER) -> dict[str, _Handler]:
+    """Return the handlers of one type, those of BOTH among them, by event name."""
+    return {name: handler for name, (handler, _) in _handlers[handler_type].items()}
 
 
-async def handle_msg(message: WebSocketMessage) -> Answer:
-    """Run the message's handler and return its answer. A message without a handler is its own answer.
+async def handle_msg(message: WebSocketMessage) -> WebSocketMessage | None:
+    """Run the message's handler and return its answer. Without a handler, it is its own answer.
 
     Raises:
-        InvalidPayload: the payload is not of the type that the handler's annotation names.
+        InvalidMessageFormat: the payload is not of the type that the handler's annotation names.
         TypeError: the handler returned something that is neither a `WebSocketMessage` nor None.
         Exception: whatever the handler raised.
-
     """
-    handler, kind = _registry[HandlerType.SERVER].get(message.event_name, (None, None))
-    if handler is None:
+    registered = _handlers[HandlerType.SERVER].get(message.event_name)
+    if registered is None:
         return message
-    if kind is not None:
-        try:
-            message = kind.model_validate_json(encode(message))
-        except ValidationError as error:
-            raise InvalidPayload(describe(error)) from None
-    with handler_seconds.labels(message.event_name).time():
-        if inspect.iscoroutinefunction(handler) or inspect.iscoroutinefunction(
-            type(handler).__call__
-        ):
-            result = handler(message)
+    handler, message_type = registered
+    if message_type is not None:
+        message = _convert(message, message_type)
+    with _handler_seconds.labels(message.event_name).time():
+        called = handler if inspect.isroutine(handler) else type(handler).__call__
+        if inspect.iscoroutinefunction(called):
+            answer = await handler(message)  # type: ignore[misc]  # it is what was just asked
         else:
-            result = await run_in_threadpool(handler, message)
-        answer = await result if inspect.isawaitable(result) else result
+            answer = await run_in_threadpool(handler, message)
+            answer = await answer if inspect.isawaitable(answer) else answer
     if answer is not None and not isinstance(answer, WebSocketMessage):
-        raise TypeError(
-            f"a handler returns a WebSocketMessage or None, not {type(answer).__name__}"
-        )
+        came = type(answer).__name__
+        raise TypeError(f"a handler returns a WebSocketMessage or None, not {came}")
     return answer
 
 
+def _convert(message: WebSocketMessage, message_type: type[WebSocketMessage]) -> WebSocketMessage:
+    """Make a message of a type from one whose payload is anything."""
+    try:
+        return message_type.model_validate_json(_encode(message))
+    except ValidationError as error:
+        raise InvalidMessageFormat(_describe(error), "invalid_payload") from None
+
+
 @websocket_handler("whoami")
-async def whoami_handler(message: WebSocketMessage) -> WebSocketMessage:
+async def _whoami_handler(message: WebSocketMessage) -> WebSocketMessage:
     """Tell the sender its own id."""
     return create_message("whoami", message.from_id, message.from_id)
 
 
+class _Numbers(BaseModel):
+    numbers: list[Annotated[float, Field(allow_inf_nan=False)]]
+
+
 @websocket_handler("sum_event")
 async def sum_handler(message: WebSocketMessage) -> WebSocketMessage:
-    """Answer `{"numbers": [...]}` with `sum_handler_result`: their sum, a float, correctly rounded (`math.fsum`)."""
+    """Answer `{"numbers": [...]}` with `sum_handler_result`: their sum (`math.fsum`), a float.
+
+    For another payload, and a sum that no float can hold, the answer is an error message.
+    """
     try:
-        return create_message("sum_handler_result", _sum(message.payload), message.from_id)
-    except ValueError as error:
-        errors_total.labels("invalid_payload").inc()
-        return create_error_message(str(error), message.from_id, "invalid_payload")
-
-
-def _sum(payload: Any) -> float:
-    if not isinstance(payload, dict):
-        raise ValueError(f"payload: expected an object, got {type(payload).__name__}")
-    numbers = payload.get("numbers")
-    if not isinstance(numbers, list):
-        raise ValueError(f"payload.numbers: expected a list, got {type(numbers).__name__}")
-    floats = []
-    for index, number in enumerate(numbers):
-        try:
-            floats.append(float(number))
-        except (TypeError, ValueError, OverflowError):
-            raise ValueError(
-                f"payload.numbers[{index}]: expected a number that a float can hold"
-            ) from None
-    with suppress(ValueError, OverflowError):
-        if math.isfinite(total := math.fsum(floats)):
-            return total
-    raise ValueError("payload.numbers: expected a finite sum")
+        numbers = _convert(message, WebSocketMessage[_Numbers]).payload.numbers
+        return create_message("sum_handler_result", math.fsum(numbers), message.from_id)
+    except InvalidMessageFormat as error:
+        text = str(error)
+    except OverflowError:
+        text = "payload.numbers: Sum should be a finite number"
+    _errors_total.labels("invalid_payload").inc()
+    return create_error_message(text, message.from_id, "invalid_payload")
 
 
 # ---- Metrics -------------------------------------------------------------------------------------
 
-MetricT = TypeVar("MetricT", Counter, Gauge, Histogram)
-REASONS = "client admin slow_client keepalive message_too_big server_stop".split()
-ERROR_TYPES = (
-    "invalid_message invalid_payload unknown_recipient handler_error rate_limited message_too_big slow_client "
-    "origin_refused unauthorized too_many_clients redis"
-).split()
-NO_LABELS: Mapping[str, Iterable[str]] = {}
+_MetricT = TypeVar("_MetricT", Counter, Gauge, Histogram)
+_REASONS = ("client", "admin", "slow_client", "keepalive", "message_too_big", "server_stop")
+_MESSAGE_ERRORS = ("invalid_message", "invalid_payload", "unknown_recipient", "handler_error")
+_CLIENT_ERRORS = ("rate_limited", "message_too_big", "slow_client")
+_REFUSED_ERRORS = ("origin_refused", "unauthorized", "too_many_clients")
+_ERROR_TYPES = (*_MESSAGE_ERRORS, *_CLIENT_ERRORS, *_REFUSED_ERRORS, "redis")
 
 
-def _metric(
-    kind: type[MetricT],
-    name: str,
-    documentation: str,
-    labels: Mapping[str, Iterable[str]] = NO_LABELS,
-    **options: Any,
-) -> MetricT:
-    """Register a metric whose known label values start at 0, or share the one that another copy of this file made."""
-    try:
-        metric = kind(name, documentation, tuple(labels), **options)
-    except ValueError:
-        metric = REGISTRY._names_to_collectors[name]  # type: ignore[assignment]  # there is no public way to get it
-    for values in labels.values():
-        for value in values:
-            metric.labels(value)
-    return metric
+def _declare(kind: type[_MetricT], name: str, text: str, *labels: str, **options: Any) -> _MetricT:
+    """Register a metric, or share that of a second copy of this file, or of its reload."""
+    registered: dict[str, Any] = getattr(REGISTRY, "_names_to_collectors", {})
+    return registered.get(f"datadivr_{name}") or kind(f"datadivr_{name}", text, labels, **options)
 
 
-clients_gauge = _metric(
-    Gauge, "datadivr_clients", "Clients connected now.", multiprocess_mode="livesum"
-)
-connections_total = _metric(Counter, "datadivr_connections_total", "Clients that connected.")
-disconnections_total = _metric(
-    Counter, "datadivr_disconnections_total", "Clients that went, by reason.", {"reason": REASONS}
-)
-messages_received_total = _metric(
-    Counter, "datadivr_messages_received_total", "Messages received from clients."
-)
-messages_sent_total = _metric(
-    Counter, "datadivr_messages_sent_total", "Messages delivered, one a client."
-)
-bytes_sent_total = _metric(
-    Counter, "datadivr_bytes_sent_total", "Bytes sent to clients in messages and their headers."
-)
-uncompressed_bytes_total = _metric(
-    Counter,
-    "datadivr_uncompressed_bytes_total",
-    "Bytes of the messages sent to clients, before compression.",
-)
-errors_total = _metric(Counter, "datadivr_errors_total", "Errors, by type.", {"type": ERROR_TYPES})
-handler_seconds = _metric(
-    Histogram,
-    "datadivr_handler_seconds",
-    "Seconds that a handler took.",
-    {"event_name": _registry[HandlerType.SERVER]},
-)
+_connected = _declare(Gauge, "clients", "Clients connected now.", multiprocess_mode="livesum")
+_connections_total = _declare(Counter, "connections_total", "Clients that connected.")
+_disconnections_total = _declare(Counter, "disconnections_total", "Clients that went.", "reason")
+_received_total = _declare(Counter, "messages_received_total", "Messages from clients.")
+_sent_total = _declare(Counter, "messages_sent_total", "Messages delivered, one a client.")
+_bytes_sent_total = _declare(Counter, "bytes_sent_total", "Bytes of the frames sent to clients.")
+_errors_total = _declare(Counter, "errors_total", "Errors.", "type")
+_handler_seconds = _declare(Histogram, "handler_seconds", "Seconds in a handler.", "event_name")
+
+# A series that is there from the start, at 0, shows its first event as an increase.
+for _reason in _REASONS:
+    _disconnections_total.labels(_reason)
+for _type in _ERROR_TYPES:
+    _errors_total.labels(_type)
+for _event_name in _handlers[HandlerType.SERVER]:
+    _handler_seconds.labels(_event_name)
 
 
-def collect_metrics() -> CollectorRegistry:
-    """Return the metrics of this process, or with `PROMETHEUS_MULTIPROC_DIR` the sum over all live workers.
+def _collect_metrics() -> CollectorRegistry:
+    """Return this process's metrics, or with `PROMETHEUS_MULTIPROC_DIR` those of all live workers.
 
     Raises:
         ValueError: `PROMETHEUS_MULTIPROC_DIR` is not a directory.
-
     """
     folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
     if not folder:
         return REGISTRY
     for path in Path(folder).glob("gauge_live*_[0-9]*.db"):
         pid = int(path.stem.rpartition("_")[2])
-        with suppress(
-            PermissionError, FileNotFoundError
-        ):  # it runs, as another user; another worker was first
+        # Either it runs, as another user, or another worker was first to remove its file.
+        with suppress(PermissionError, FileNotFoundError):
             try:
                 os.kill(pid, 0)
             except ProcessLookupError:
@@ -484,18 +461,20 @@ def collect_metrics() -> CollectorRegistry:
     return registry
 
 
-# ---- Clients -------------------------------------------------------------------------------------
+# ---- Frames --------------------------------------------------------------------------------------
 
-# The first byte of a frame: FIN and the opcode (RFC 6455, 5.2); RSV1 where it is compressed (RFC 7692, 6).
-TEXT, COMPRESSED_TEXT, CLOSE = 0x81, 0xC1, 0x88
-WINDOW_BITS = 12  # what uvicorn agrees to at most
-CLOSE_SECONDS = 2.0  # what a client has to read what is unsent and to answer a close frame
-Framing = Callable[[bytes], bytes]
-UVICORN_PROTOCOL = "uvicorn.protocols.websockets.websockets_sansio_impl.WebSocketsSansIOProtocol"
+# The first byte of a frame: FIN and the opcode (RFC 6455, 5.2), and RSV1 where it is compressed
+# (RFC 7692, 6).
+_TEXT, _COMPRESSED_TEXT, _CLOSE = 0x81, 0xC1, 0x88
+_WINDOW_BITS = 12  # uvicorn agrees to no more
+_Framing = Callable[[bytes], bytes]
 
 
-def frame(payload: bytes, first: int = TEXT) -> bytes:
-    """Frame a payload as a server does, without a mask, so that every client gets the same bytes (RFC 6455, 5.2)."""
+def _frame(payload: bytes, first: int = _TEXT) -> bytes:
+    """Frame a payload as a server does (RFC 6455, 5.2).
+
+    A server's frame has no mask, so it is the same bytes for every client.
+    """
     length = len(payload)
     if length < 126:
         return bytes((first, length)) + payload
@@ -504,31 +483,22 @@ def frame(payload: bytes, first: int = TEXT) -> bytes:
     return struct.pack("!BBQ", first, 127, length) + payload
 
 
-def frame_compressed(payload: bytes) -> bytes:
-    """Frame a payload, deflated by itself, so that it is the same bytes for every client (RFC 7692, 7.2.1)."""
-    if len(payload) >= settings.compress_min_bytes:
-        deflater = zlib.compressobj(1, wbits=-WINDOW_BITS)
-        deflated = deflater.compress(payload) + deflater.flush(zlib.Z_SYNC_FLUSH)[:-4]
-        if len(deflated) < len(payload):
-            return frame(deflated, COMPRESSED_TEXT)
-    return frame(payload)
+def _frame_compressed(payload: bytes) -> bytes:
+    """Frame a payload, compressed without the context of those before it (RFC 7692, 7.2.1).
+
+    So it is the same bytes for every client that agreed to a window of 12 bits or more.
+    """
+    if len(payload) >= _settings.compress_min_bytes:
+        compressor = zlib.compressobj(1, wbits=-_WINDOW_BITS)
+        compressed = compressor.compress(payload) + compressor.flush(zlib.Z_SYNC_FLUSH)
+        compressed = compressed.removesuffix(b"\x00\x00\xff\xff")
+        if len(compressed) < len(payload):
+            return _frame(compressed, _COMPRESSED_TEXT)
+    return _frame(payload)
 
 
-def choose_framing(protocol: Any) -> Framing:
-    """Return what frames a client's messages; uvicorn's own compressor of it then keeps no context either."""
-    for extension in protocol.conn.extensions if protocol and settings.compress_min_bytes else ():
-        if (
-            extension.name == "permessage-deflate"
-            and extension.local_max_window_bits >= WINDOW_BITS
-        ):
-            extension.local_no_context_takeover = True
-            vars(extension).pop("encoder", None)
-            return frame_compressed
-    return frame
-
-
-def unframe(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Cut bytes that `frame` made back into first bytes and payloads."""
+def _unframe(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Cut the bytes of whole frames back into first bytes and payloads."""
     start = 0
     while start < len(data):
         first, length = data[start : start + 2]
@@ -541,437 +511,440 @@ def unframe(data: bytes) -> Iterator[tuple[int, bytes]]:
         start += length
 
 
-class AsgiTransport(asyncio.WriteTransport):
-    """A transport over ASGI's `send`, for servers and test clients that share none of their own.
+# ---- Connections ---------------------------------------------------------------------------------
 
-    It costs a task a client and a coroutine a message. A close frame ends `receive`, and the endpoint then closes the
-    WebSocket in `finish`: under granian a close from another task is lost while the endpoint receives.
+_CLOSE_SECONDS = 2.0  # how long a client has to read what is unsent and to answer a close frame
+
+
+class _UvicornConnection:
+    """What carries frames to a client of uvicorn's WebSocket protocol: its asyncio transport.
+
+    Nothing else in this file touches what is private to uvicorn and websockets. Where something
+    of it is not there, to make one raises AttributeError.
     """
 
-    def __init__(
-        self, websocket: WebSocket, receive: Receive, socket: asyncio.WriteTransport | None
-    ) -> None:
+    __slots__ = ("_protocol", "abort", "framing", "is_closing", "receive", "unsent", "write")
+
+    def __init__(self, protocol: Any) -> None:
+        self._protocol = protocol
+        self.receive: Receive = protocol.receive
+        # Bound, since a flush calls them for every client. uvloop raises where a transport that
+        # is closing is asked what is unsent, or written to.
+        self.is_closing: Callable[[], bool] = protocol.transport.is_closing
+        self.unsent: Callable[[], int] = protocol.transport.get_write_buffer_size
+        self.write: Callable[[bytes], None] = protocol.transport.write
+        self.abort: Callable[[], None] = protocol.transport.abort
+        self.framing: _Framing = _frame
+        self.close_reason()
+        connection = protocol.conn
+        for extension in connection.extensions if _settings.compress_min_bytes else ():
+            if extension.local_max_window_bits >= _WINDOW_BITS:  # it is permessage-deflate
+                # What uvicorn itself compresses for this client must need no context either.
+                extension.local_no_context_takeover = True
+                vars(extension).pop("encoder", None)
+                self.framing = _frame_compressed
+        # websockets inflates all frames of one read before this file sees the first of them.
+        limit = _settings.max_message_bytes
+        connection.max_message_size = min(connection.max_message_size or limit, limit)
+
+    def close_reason(self) -> str:
+        """Return why the connection ended, unless it was this file that closed it."""
+        close_sent = self._protocol.conn.close_sent
+        if close_sent is None or self._protocol.conn.close_rcvd_then_sent:
+            return "client"
+        reasons = {1009: "message_too_big", 1011: "keepalive", 1012: "server_stop"}
+        return reasons.get(close_sent.code, "client")
+
+    def finish(self) -> None:
+        """Say that a close frame was sent, or uvicorn's stop sends one after the client's own."""
+        self._protocol.close_sent = True
+
+    @staticmethod
+    def finish_refusal(receive: Receive) -> None:
+        """Say that a handshake was answered, or uvicorn logs an error for each refused client."""
+        protocol: Any = getattr(receive, "__self__", None)
+        if hasattr(protocol, "handshake_complete"):
+            protocol.handshake_complete = True
+
+
+class _AsgiConnection:
+    """What carries frames to a client of any other server: ASGI's `send`.
+
+    It costs a task a client, and a coroutine a message.
+    """
+
+    def __init__(self, websocket: WebSocket, protocol: Any) -> None:
+        self.framing: _Framing = _frame
         self._websocket = websocket
-        self._receive = receive
-        self._socket = socket
-        self._receiving = False
+        self._protocol = protocol
         self._unsent = 0
         self._queue: asyncio.Queue[bytes] = asyncio.Queue()
-        self._close_frame: tuple[int, str] | None = None
-        self._writer = asyncio.create_task(self._write())
-
-    def write(self, data: Any) -> None:
-        self._unsent += len(data)
-        self._queue.put_nowait(data)
-
-    def get_write_buffer_size(self) -> int:
-        return self._unsent
-
-    def is_closing(self) -> bool:
-        return self._writer.done()
-
-    def abort(self) -> None:
-        self._writer.cancel()
-        if self._socket:
-            self._socket.abort()
-
-    async def _write(self) -> None:
-        try:
-            while True:
-                data = await self._queue.get()
-                for first, payload in unframe(data):
-                    if first == CLOSE:
-                        self._close_frame = int.from_bytes(payload[:2]), payload[2:].decode()
-                        return None if self._receiving else await self._close()
-                    await self._websocket.send_text(payload.decode())
-                self._unsent -= len(data)
-        except Exception as error:  # servers differ in what a send to a client that went raises
-            logger.debug("asgi_send_failed", error=repr(error))
-
-    async def _close(self) -> None:
-        close_frame, self._close_frame = self._close_frame, None
-        if close_frame:
-            with suppress(Exception):  # the client went meanwhile, or does not read
-                async with asyncio.timeout(CLOSE_SECONDS):
-                    await self._websocket.close(*close_frame)
+        self._reader: asyncio.Future[Message] | None = None
+        self._writer = asyncio.create_task(self._write_queue())
+        self.is_closing: Callable[[], bool] = self._writer.done
 
     async def receive(self) -> Message:
         """Return the next ASGI message, or a disconnect once this side has closed."""
-        reader = asyncio.ensure_future(self._receive())
-        self._receiving = True
-        try:
-            await asyncio.wait((reader, self._writer), return_when=asyncio.FIRST_COMPLETED)
-            return reader.result() if reader.done() else {"type": "websocket.disconnect"}
-        finally:
-            self._receiving = False
-            reader.cancel()
+        reader = self._reader = asyncio.ensure_future(self._websocket.receive())
+        await asyncio.wait((reader, self._writer), return_when=asyncio.FIRST_COMPLETED)
+        if reader.done() and not reader.cancelled():
+            return reader.result()
+        reader.cancel()
+        await asyncio.wait((self._writer,))
+        return {"type": "websocket.disconnect"}
 
-    async def finish(self) -> None:
-        """Stop writing, and send the close frame that was written, if one was."""
+    def unsent(self) -> int:
+        return self._unsent
+
+    def write(self, data: bytes) -> None:
+        self._unsent += len(data)
+        self._queue.put_nowait(data)
+
+    def abort(self) -> None:
         self._writer.cancel()
-        await self._close()
+        if hasattr(self._protocol, "transport"):  # uvicorn's with --ws wsproto has one
+            self._protocol.transport.abort()
+
+    def close_reason(self) -> str:
+        return "client"
+
+    def finish(self) -> None:
+        self._writer.cancel()
+
+    async def _write_queue(self) -> None:
+        try:
+            while True:
+                data = await self._queue.get()
+                for first, payload in _unframe(data):
+                    if first == _CLOSE:
+                        if self._reader is not None:
+                            self._reader.cancel()  # or granian never sends the close frame
+                        code = int.from_bytes(payload[:2])
+                        return await self._websocket.close(code, payload[2:].decode())
+                    await self._websocket.send_text(payload.decode())
+                self._unsent -= len(data)
+        except Exception as error:  # servers differ in what a send to a client that went raises
+            _log.debug("asgi_send_failed", error=repr(error))
 
 
-@functools.cache
-def _warn_of_adapter(server: str) -> None:
-    logger.warning(
-        "fanout_through_asgi", server=server, hint=f"full speed needs {UVICORN_PROTOCOL}"
-    )
+_Connection = _UvicornConnection | _AsgiConnection
 
 
-def open_transport(websocket: WebSocket) -> tuple[asyncio.WriteTransport, Receive, Any]:
-    """Return what carries frames to a client, what receives from it, and uvicorn's protocol object or None.
-
-    Under uvicorn `receive` is a bound method of the protocol object, which has the connection's transport.
-    """
-    receive = websocket._receive
+def _open_connection(websocket: WebSocket) -> _Connection:
+    # Under uvicorn, `receive` is a method of its protocol, and Starlette hands it on as it came.
+    receive = getattr(websocket, "_receive", None)
     protocol = getattr(receive, "__self__", None)
-    server = f"{type(protocol).__module__}.{type(protocol).__qualname__}"
-    if server == UVICORN_PROTOCOL:
-        return protocol.transport, receive, protocol  # type: ignore[union-attr]
-    _warn_of_adapter(server)
-    adapter = AsgiTransport(websocket, receive, getattr(protocol, "transport", None))
-    return adapter, adapter.receive, None
+    try:
+        return _UvicornConnection(protocol)
+    except AttributeError:
+        hint = "full speed needs uvicorn's default WebSocket protocol, and its `receive` unwrapped"
+        _warn("fanout_through_asgi", server=type(protocol or receive).__module__, hint=hint)
+        return _AsgiConnection(websocket, protocol)
 
 
-node_ids: dict[int, str] = globals().get(
-    "node_ids", {}
-)  # by process: a fork is another node, a reload is not
-
-
-def node_id() -> str:
-    """Return 32 bits, in hexadecimal, that name this process among those that share a Redis."""
-    pid = os.getpid()
-    if pid not in node_ids:
-        node_ids[pid] = secrets.token_hex(4)
-    return node_ids[pid]
-
-
-def make_client_id() -> str:
-    """Make a UUID whose first 32 bits name the node that holds the client (version 8: RFC 9562, 5.8)."""
-    random = str(uuid.uuid4())
-    return f"{node_id()}{random[8:14]}8{random[15:]}"
+# ---- Clients -------------------------------------------------------------------------------------
 
 
 class Client:
-    """One connected client. Users may read `id`, `address`, `connected_us` and the counts."""
+    """One connected client.
 
-    def __init__(
-        self, address: str, transport: asyncio.WriteTransport, log: "Log", protocol: Any = None
-    ) -> None:
-        self.id = make_client_id()
+    Attributes:
+        id: a UUID, the first 32 bits of which name the process that holds the client.
+        address: host and port of its end of the connection.
+        connected_at: when it connected, in UTC, as ISO 8601 with microseconds.
+        messages_received: how many messages it has sent.
+        messages_sent: how many were sent to it.
+
+    Its other attributes are not for users.
+    """
+
+    def __init__(self, client_id: str, address: str, connection: _Connection) -> None:
+        self.id = client_id
         self.address = address
-        self.connected_us = time.time_ns() // 1000
-        self.transport = transport
-        self.protocol = protocol  # uvicorn's, which knows who closed the connection
-        self.framing = choose_framing(protocol)
-        self.log = log
+        self.connected_at = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
         self.messages_received = 0
-        self.sent_apart = 0  # what it was sent, less what its log holds
-        self.warned: frozenset[str] = (
-            frozenset()
-        )  # the kinds of errors that were logged as warnings
-        self.tokens = float(settings.max_messages_per_second)
-        self.refilled_at = self.limited_at = -math.inf
+        self.messages_sent = 0
+        self.connection = connection
+        self.framing = connection.framing
+        self.second_began = -math.inf
+        self.messages_this_second = 0
 
-    @property
-    def messages_sent(self) -> int:
-        return self.log.total + self.sent_apart
+    def unsent(self) -> int:
+        """Return how many bytes were written to it that its socket has not yet taken."""
+        return 0 if self.connection.is_closing() else self.connection.unsent()
 
-    @property
-    def buffered_bytes(self) -> int:
-        """Bytes written to it that its socket has not yet taken."""
-        with suppress(RuntimeError):  # uvloop's answer for a socket that is closed
-            return self.transport.get_write_buffer_size()
-        return 0
+    def exceeds_rate(self) -> bool:
+        """Count a message; tell whether it is more than `max_messages_per_second` allows."""
+        limit = _settings.max_messages_per_second
+        now = time.monotonic()
+        if now - self.second_began >= 1:
+            self.second_began = now
+            self.messages_this_second = 0
+        self.messages_this_second += 1
+        if self.messages_this_second == limit + 1:  # it is told once a second
+            self.report("rate_limited", f"More than {limit} messages a second: dropped.")
+        elif self.messages_this_second > limit:
+            _errors_total.labels("rate_limited").inc()
+        return self.messages_this_second > limit
 
-    def take_token(self) -> bool:
-        """Count a message against `max_messages_per_second`, a token bucket that holds one second's, or refuse it."""
-        rate, now = settings.max_messages_per_second, self.log.loop.time()
-        self.tokens = min(float(rate), self.tokens + (now - self.refilled_at) * rate)
-        self.refilled_at = now
-        if self.tokens >= 1:
-            self.tokens -= 1
-            return True
-        if now - self.limited_at >= 1:
-            self.limited_at = now
-            self.report(
-                "rate_limited", f"More than {rate} messages a second: dropped.", "rate_limited"
-            )
-        else:
-            errors_total.labels("rate_limited").inc()
-        return False
-
-    def report(self, code: str, text: str, event: str, **fields: Any) -> None:
-        """Count an error of this client's, log it (the first of its kind as a warning), and tell the client."""
-        errors_total.labels(code).inc()
-        log = logger.debug if code in self.warned else logger.warning
-        self.warned |= {code}
-        log(event, client_id=self.id, error=text, **fields)
-        self.log.insert(self, encode(create_error_message(text, self.id, code)))
-
-    def report_unknown(self) -> None:
-        self.report(
-            "unknown_recipient", "No client with the id in `to` is connected.", "unknown_recipient"
-        )
-
-    def disconnect(self, code: int, text: str, reason: str) -> None:
-        """Send what was published so far and a close frame, and forget the client; nobody waits for it to read them."""
-        if self.id in clients:
-            self.log.flush()
-            self.leave(reason, frame(struct.pack("!H", code) + text.encode(), CLOSE))
-
-    def end(self) -> str:
-        """Return the reason for which its connection ended, where it was not this file that closed it."""
-        closed = self.protocol and self.protocol.conn.close_sent
-        if not closed or self.protocol.conn.close_rcvd_then_sent:
-            return "client"
-        return {1009: "message_too_big", 1011: "keepalive", 1012: "server_stop"}.get(
-            closed.code, "client"
-        )
-
-    def leave(self, reason: str, close_frame: bytes = b"") -> None:
-        """Forget the client, however it went: the one way out. A socket that is not closed 2 s later is cut."""
-        if clients.pop(self.id, None) is None:
-            return
-        self.log.remove(self)
-        clients_gauge.dec()
-        disconnections_total.labels(reason).inc()
-        if reason in ERROR_TYPES:
-            errors_total.labels(reason).inc()
-        if not self.log.loop.is_closed():
-            if close_frame and not self.transport.is_closing():
-                self.transport.write(close_frame)
-            self.log.loop.call_later(CLOSE_SECONDS, self.transport.abort)
-        logger.info("client_disconnected", client_id=self.id, reason=reason)
+    def report(self, code: str, text: str, **fields: Any) -> None:
+        """Count and log an error of this client's, and tell it."""
+        _count_error(code, client_id=self.id, error=text, **fields)
+        _room.publish(self.id, _encode(create_error_message(text, self.id, code)))
 
 
-clients: dict[str, Client] = globals().get("clients", {})  # a reload keeps those who are connected
+_UNKNOWN_RECIPIENT = "unknown_recipient", "No client with the id in `to` is connected."
+clients: dict[str, Client] = {}  # by id, in the order in which they came
 
 
 # ---- Fan-out -------------------------------------------------------------------------------------
 
-Edit = tuple[
-    int, int, bytes | None
-]  # start and end in the turn's log, and the message in their place
-GATHER_CLIENTS = 16  # with fewer, one more turn of the loop costs more than one more write a client
-GATHER_TURNS = 8
-GATHER_BYTES = 16384  # with more, clients have nothing to do while they wait for it
-SWEEP_SECONDS = 1.0
+_GATHER_CLIENTS = 16  # with fewer, a turn of the loop costs more than a second write a client
+_GATHER_TURNS = 8
+_GATHER_BYTES = 16384  # with more, clients would have nothing to do while they wait
+_SWEEP_SECONDS = 1.0
+_Frames = tuple[bytes, int]  # and how many messages these are
 
 
-class InLoop:
-    """What lives in one event loop and may be called from the thread of another."""
+class _Turn:
+    """What was published in one turn of the event loop, and what each client gets of it.
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.loop = loop
-        self.thread = threading.get_ident()
-
-    def call(self, function: Callable[..., None], *args: Any) -> bool:
-        """Run a function in this loop: at once, or soon where that is another thread's. False if it is closed."""
-        if self.thread == threading.get_ident() and not self.loop.is_closed():
-            function(*args)
-            return True
-        try:
-            self.loop.call_soon_threadsafe(function, *args)
-        except RuntimeError:  # it is closed: nobody is there
-            self.abandon()
-            return False
-        return True
-
-    def abandon(self) -> None:
-        """Clean up after a loop that was found closed."""
-
-
-class Log(InLoop):
-    """The messages of one turn of an event loop, and the clients that get them when the turn ends.
-
-    A client whose bytes differ carries edits to the turn's messages: the sender of an "others" message cuts it out, a
-    message to one client is put in at the place where the log then ended, and a client that came in mid-turn cuts
-    what came before it. So all clients see one order, and a turn costs one write a client, not one a message.
+    Every client gets the same bytes, unless it has *edits*, in order. An edit is the place of a
+    message in the turn, and a message to put in before it, or None to leave that one out. So a
+    turn costs one write a client, not one a message, and all clients see one order.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        super().__init__(loop)
-        self.clients: dict[str, Client] = {}
+    def __init__(self) -> None:
         self.messages: list[bytes] = []
-        self.edits: dict[Client, list[Edit]] = {}
-        self.received = 0  # messages received in this turn
-        self.published = 0  # messages published in this turn, those to one client among them
-        self.published_bytes = 0
-        self.unscanned_bytes = 0  # published since backpressure was last looked at
-        self.scheduled = False
-        self.total = 0  # messages to everybody, ever
-        loop.call_later(SWEEP_SECONDS, self._sweep)
+        self.edits: dict[Client, list[tuple[int, bytes | None]]] = {}
+        self.size = 0  # bytes of all messages, those to one client among them
+        self._joined: dict[_Framing, _Frames] = {}
+        self._starts: dict[_Framing, list[int]] = {}  # of each message's frame in `_joined`
 
-    def abandon(self) -> None:
-        for client in tuple(self.clients.values()):
-            client.leave("client")
-
-    def add(self, client: Client) -> None:
-        self.clients[client.id] = client
-        client.sent_apart = -self.total
-        if self.messages:
-            self.edits[client] = [(0, len(self.messages), None)]
-
-    def remove(self, client: Client) -> None:
-        self.clients.pop(client.id, None)
-        self.edits.pop(client, None)
-        if not self.clients:
-            logs.pop(self.loop, None)
-
-    def append(self, message: bytes, sender: Client | None = None) -> None:
-        """Publish to every client but the sender."""
-        place = len(self.messages)
+    def add(self, message: bytes, left_out: Client | None = None) -> None:
+        """Add a message to everybody, but for the client that is left out."""
+        if left_out is not None:
+            self.edits.setdefault(left_out, []).append((len(self.messages), None))
         self.messages.append(message)
-        self.total += 1
-        if sender is not None and sender.id in self.clients:
-            self.edits.setdefault(sender, []).append((place, place + 1, None))
-            sender.sent_apart -= 1
-        self._published(len(message))
+        self.size += len(message)
 
-    def insert(self, client: Client, message: bytes) -> None:
-        """Publish to one client."""
-        if client.id in self.clients:
-            place = len(self.messages)
-            self.edits.setdefault(client, []).append((place, place, message))
-            client.sent_apart += 1
-            self._published(len(message))
+    def add_for(self, client: Client, message: bytes) -> None:
+        """Add a message to one client."""
+        self.edits.setdefault(client, []).append((len(self.messages), message))
+        self.size += len(message)
 
-    def _published(self, size: int) -> None:
-        self.published += 1
-        self.published_bytes += size
-        self.schedule()
+    def frames_for(self, client: Client) -> _Frames:
+        """Return the frames that a client gets."""
+        joined, count = self._joined.get(client.framing) or self._join(client.framing)
+        if client not in self.edits:
+            return joined, count
+        starts = self._starts[client.framing]
+        view = memoryview(joined)
+        parts: list[bytes | memoryview] = []
+        next_place = 0
+        for place, message in self.edits[client]:
+            parts.append(view[starts[next_place] : starts[place]])
+            if message is None:
+                next_place = place + 1
+                count -= 1
+            else:
+                next_place = place
+                parts.append(client.framing(message))
+                count += 1
+        parts.append(view[starts[next_place] :])
+        return b"".join(parts), count
 
-    def schedule(self) -> None:
-        """Flush soon: in the next turn, or later while that finds more messages."""
-        if not self.scheduled:
-            self.scheduled = True
-            self.loop.call_soon(self._tick, self.published, GATHER_TURNS)
+    def _join(self, framing: _Framing) -> _Frames:
+        frames = [framing(message) for message in self.messages]
+        self._starts[framing] = list(itertools.accumulate(map(len, frames), initial=0))
+        self._joined[framing] = b"".join(frames), len(frames)
+        return self._joined[framing]
 
-    def _tick(self, seen: int, turns: int) -> None:
-        growing = turns and self.published > seen and self.published_bytes < GATHER_BYTES
-        if growing and len(self.clients) >= GATHER_CLIENTS:
-            self.loop.call_soon(self._tick, self.published, turns - 1)
+
+class _Room:
+    """Who is connected to this process, and when a turn is written to them.
+
+    It lives in one event loop. Nothing is locked: whatever calls it runs in that loop.
+    """
+
+    loop: Any = None
+    node = ""  # this process's part of its clients' ids
+    arriving = 0  # clients that are being accepted
+
+    def __init__(self) -> None:
+        self.turn = _Turn()
+
+    def enter(self) -> None:
+        """Move into the running event loop, unless it is there already.
+
+        Raises:
+            RuntimeError: clients are connected in another one.
+        """
+        loop = asyncio.get_running_loop()
+        if loop is self.loop:
+            return
+        if clients and not self.loop.is_closed():
+            raise RuntimeError(
+                "Clients are connected in another event loop, and a process serves one. "
+                "In tests, write `with TestClient(app) as client:`."
+            )
+        clients.clear()
+        _connected.set(0)
+        self.loop = loop
+        self.node = secrets.token_hex(4)
+        self.turn = _Turn()
+        loop.call_later(_SWEEP_SECONDS, self._sweep, loop)
+        _peers.start()
+
+    def is_full(self) -> bool:
+        return 0 < _settings.max_clients <= len(clients) + self.arriving
+
+    def join(self, client: Client) -> None:
+        """Add a client; it gets what is published from now on."""
+        self.flush()
+        clients[client.id] = client
+        _connected.inc()
+        _connections_total.inc()
+        _log.info("client_connected", client_id=client.id, address=client.address)
+
+    def publish(self, to: str, message: bytes, sender: Client | None = None) -> int:
+        """Send a message to the clients that `to` names here, and return how many these are."""
+        was_empty = not self.turn.size
+        count = 1
+        if to in clients:
+            self.turn.add_for(clients[to], message)
+        elif to not in _EVERYBODY or not clients:
+            return 0
+        elif to == "others" and sender is not None and sender.id in clients:
+            self.turn.add(message, left_out=sender)
+            count = len(clients) - 1
+        else:
+            self.turn.add(message)
+            count = len(clients)
+        if was_empty:
+            self.loop.call_soon(self._tick, self.turn.size, _GATHER_TURNS)
+        return count
+
+    def _tick(self, size: int, turns: int) -> None:
+        """Flush, or wait for one more turn of the loop while each of them brings more messages."""
+        grows = size < self.turn.size < _GATHER_BYTES
+        if grows and turns and len(clients) >= _GATHER_CLIENTS:
+            self.loop.call_soon(self._tick, self.turn.size, turns - 1)
         else:
             self.flush()
 
     def flush(self) -> None:
         """Write what was published to every client that keeps up."""
-        self.scheduled = False
-        self.unscanned_bytes += self.published_bytes
-        if self.unscanned_bytes > settings.max_buffer_bytes // 16:
-            self.unscanned_bytes = 0
-            self._drop_slow_clients()
-        messages_received_total.inc(self.received)
-        self.received = self.published = self.published_bytes = 0
-        messages, self.messages = self.messages, []
-        edits, self.edits = self.edits, {}
-        if not messages and not edits:
+        if not self.turn.size:
             return
-        compressible = max(map(len, messages), default=0) >= settings.compress_min_bytes
-        ends = list(itertools.accumulate(map(len, messages), initial=0))
-        forms: dict[Framing, tuple[bytes, list[int]]] = {}
-        reached = sent_bytes = apart = apart_bytes = 0
-        for client in self.clients.values() if messages else edits:
-            if client.transport.is_closing():  # uvloop raises on a write to it
+        turn, self.turn = self.turn, _Turn()
+        recipients = clients.values() if turn.messages else turn.edits
+        limit = _settings.max_buffer_bytes
+        sent = sent_bytes = 0
+        for client in tuple(recipients):
+            connection = client.connection
+            if connection.is_closing() or connection.unsent() > limit:
+                self._drop(client)
                 continue
-            framing = client.framing if compressible else frame
-            form = forms.get(framing)
-            if form is None:
-                frames = [framing(message) for message in messages]
-                form = forms[framing] = (
-                    b"".join(frames),
-                    list(itertools.accumulate(map(len, frames), initial=0)),
-                )
-            own = form[0]
-            if client in edits:
-                own = apply_edits(*form, edits[client], client.framing)
-                for start, end, message in edits[client]:
-                    apart += (message is not None) - (end - start)
-                    apart_bytes += len(message or b"") - (ends[end] - ends[start])
-            client.transport.write(own)
-            reached += 1
-            sent_bytes += len(own)
-        messages_sent_total.inc(reached * len(messages) + apart)
-        uncompressed_bytes_total.inc(reached * ends[-1] + apart_bytes)
-        bytes_sent_total.inc(sent_bytes)
+            frames, count = turn.frames_for(client)
+            connection.write(frames)
+            client.messages_sent += count
+            sent += count
+            sent_bytes += len(frames)
+        _sent_total.inc(sent)
+        _bytes_sent_total.inc(sent_bytes)
 
-    def _drop_slow_clients(self) -> None:
-        for client in tuple(self.clients.values()):
-            if client.buffered_bytes > settings.max_buffer_bytes:
-                logger.warning(
-                    "slow_client_dropped", client_id=client.id, buffered_bytes=client.buffered_bytes
-                )
-                client.leave(
-                    "slow_client", frame(struct.pack("!H", 1013) + b"Too slow: reconnect", CLOSE)
-                )
+    def _sweep(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Drop those of whom uvicorn tells nobody.
 
-    def _sweep(self) -> None:
-        """Forget clients whose connection has ended while they had bytes unsent: nobody else would tell of it."""
-        for client in tuple(self.clients.values()):
-            if client.transport.is_closing():
-                client.leave(client.end())
-        if self.clients:
-            self.loop.call_later(SWEEP_SECONDS, self._sweep)
+        A connection that has ended while bytes were unsent stays open until these have gone, and
+        the answers to pings are unsent bytes too.
+        """
+        if loop is self.loop:
+            loop.call_later(_SWEEP_SECONDS, self._sweep, loop)
+            for client in tuple(clients.values()):
+                connection = client.connection
+                if connection.is_closing() or connection.unsent() > _settings.max_buffer_bytes:
+                    self._drop(client)
 
+    def _drop(self, client: Client) -> None:
+        """Forget a client whose connection has ended, or who does not keep up."""
+        if client.connection.is_closing():
+            self.leave(client, client.connection.close_reason())
+            return
+        unsent = client.unsent()
+        self.leave(client, "slow_client", 1013, "Too slow: reconnect")
+        _warn("slow_client_dropped", client_id=client.id, buffered_bytes=unsent)
 
-def apply_edits(data: bytes, places: list[int], edits: list[Edit], framing: Framing) -> bytes:
-    """Return one client's own bytes of a turn; `places` has where each message begins in `data`, and its end."""
-    turn = memoryview(data)
-    own: list[bytes | memoryview] = []
-    last = 0
-    for start, end, message in edits:
-        own.append(turn[places[last] : places[start]])
-        if message is not None:
-            own.append(framing(message))
-        last = end
-    own.append(turn[places[last] :])
-    return b"".join(own)
+    def leave(self, client: Client, reason: str, code: int = 0, text: str = "") -> None:
+        """Forget a client: the one way out.
+
+        With a code, it is this side that closes the connection, behind what was published so far
+        and without waiting for the client to read that.
+        """
+        if code:
+            self.flush()
+        if clients.pop(client.id, None) is None:
+            return
+        self.turn.edits.pop(client, None)
+        if code and not client.connection.is_closing():
+            client.connection.write(_frame(struct.pack("!H", code) + text.encode(), _CLOSE))
+        # A client that does not read would keep its socket open for as long as it likes.
+        self.loop.call_later(_CLOSE_SECONDS, client.connection.abort)
+        _connected.dec()
+        _disconnections_total.labels(reason).inc()
+        if reason in _ERROR_TYPES:
+            _errors_total.labels(reason).inc()
+        _log.info("client_disconnected", client_id=client.id, reason=reason)
 
 
-logs: dict[asyncio.AbstractEventLoop, Log] = globals().get("logs", {})
+_room = _Room()
 
 
-def deliver(to: str, data: bytes, sender: Client | None = None) -> int:
-    """Send a message's JSON to those clients of this process that `to` names, and return how many these are."""
-    if to not in EVERYBODY:
-        client = clients.get(to)
-        return int(client is not None and client.log.call(client.log.insert, client, data))
-    left_out = sender if to == "others" else None
-    count = 0
-    for log in tuple(logs.values()):
-        if log.call(log.append, data, left_out):
-            count += len(log.clients) - (left_out is not None and left_out.id in log.clients)
-    return count
+class _Peers:
+    """The other processes of this server: none, unless `_Cluster` takes the place of this."""
+
+    def start(self) -> None:
+        """Look for them, from the room's event loop."""
+
+    async def wait_until_known(self) -> None:
+        """Wait until it is known whether they can be reached."""
+
+    async def stop(self) -> None:
+        """Send what still waits, and leave."""
+
+    def publish(self, to: str, message: bytes, asker: Client | None = None) -> None:
+        """Send a message to their clients; who asked is told if nobody has the id in `to`."""
+        if asker is not None and to not in _EVERYBODY:
+            asker.report(*_UNKNOWN_RECIPIENT)
+
+    async def ask(self, to: str, request: list[Any]) -> tuple[list[Any], bool]:
+        """Have all, or who holds a client, perform a request; tell if an answer is missing."""
+        return [], False
 
 
-def publish(
+_peers = _Peers()
+
+
+def _publish(
     message: WebSocketMessage, sender: Client | None = None, asker: Client | None = None
 ) -> int:
-    """Send a message to its `to`, wherever that is connected, and return how many clients of this process it addresses.
+    """Send a message to its `to`, and return how many clients of this process it addresses.
 
-    "others" leaves the sender out; the asker is told where nobody has the id.
+    "others" leaves the sender out. Who asked is told where `to` is an id that nobody has.
     """
-    data = encode(message)
-    count = deliver(message.to, data, sender)
-    if message.to in EVERYBODY:
-        if link := join():
-            link.send(link.everybody, TO_ALL, data)
-    elif not count:
-        node = find_node(message.to)
-        if node and (link := join()):
-            link.send_to_one(node, message.to, data, asker)
-        elif asker:
-            asker.report_unknown()
+    data = _encode(message)
+    count = _room.publish(message.to, data, sender)
+    if message.to in _EVERYBODY or not count:
+        _peers.publish(message.to, data, asker)
     return count
 
 
 async def broadcast(message: WebSocketMessage, sender: WebSocket | None = None) -> int:
     """Send a message from anywhere in the application to its `to`.
 
-    It returns once the message is on its way to all of them, without waiting for any; a client that does not keep up
-    is dropped (`DATADIVR_MAX_BUFFER_BYTES`).
+    It waits for no client; one that does not keep up is dropped (`DATADIVR_MAX_BUFFER_BYTES`). A
+    plain function in a thread calls it with `anyio.from_thread.run(broadcast, message)`.
 
     Args:
         message: what to send; its `from_id` is "server" unless set.
@@ -982,640 +955,201 @@ async def broadcast(message: WebSocketMessage, sender: WebSocket | None = None) 
 
     Raises:
         PydanticSerializationError: the payload holds something that JSON cannot.
-
+        RuntimeError: clients are connected in another event loop.
     """
-    return publish(
-        message, clients.get(sender.scope.get("datadivr.client_id", "")) if sender else None
-    )
-
-
-# ---- Cluster -------------------------------------------------------------------------------------
-
-# What one PUBLISH carries: a header (version, node, and how many messages that node had published on the channel), then
-# items: a kind, a length in bytes, and so many bytes.
-HEADER, ITEM = struct.Struct("!4s8sQ"), struct.Struct("!BI")
-VERSION = b"ddv1"
-TO_ALL, TO_ONE, PUSH, UNKNOWN, ASK, ANSWER, PROBE = range(7)  # the first three are messages
-ANSWER_SECONDS = 1.0
-PROBE_SECONDS = 0.25
-LOST_PROBES = 12  # without a word from Redis, after which it is lost
-BEHIND_SECONDS = 1.0  # a node whose own probe takes longer has a backlog to read
-STALLED_SECONDS = 0.25  # in which a client that reads has read something
-RETRY_SECONDS = 0.1
-REJOIN_SECONDS = (
-    0.3  # after which the other nodes that lost Redis are back too, and hear what is published
-)
-Told = Callable[
-    [int | None], None
-]  # is told how many nodes heard an item, or None where it could not go
-
-
-def open_pool(url: str) -> Any:
-    """Return the redis-py pool that makes connections.
-
-    Raises:
-        RuntimeError: redis-py is not installed.
-        ValueError: redis-py cannot read the URL, or an option in it; the URL is not shown, for its password.
-
-    """
-    try:
-        from redis.asyncio import ConnectionPool
-    except ImportError:
-        raise RuntimeError(
-            "DATADIVR_REDIS_URL is set, but redis is not installed: pip install redis"
-        ) from None
-    own: dict[str, Any] = {"protocol": 2, "decode_responses": False, "encoding": "utf-8"}
-    own |= {"socket_timeout": None, "socket_connect_timeout": None}
-    try:
-        made = ConnectionPool.from_url(url, **own)
-        made.make_connection()  # type: ignore[no-untyped-call]
-    except Exception:  # redis-py raises much for an option that it does not know, or not so
-        raise ValueError(
-            "DATADIVR_REDIS_URL: expected a URL and options that redis-py can read"
-        ) from None
-    if changed := [name for name, value in own.items() if made.connection_kwargs[name] != value]:
-        raise ValueError(f"DATADIVR_REDIS_URL: expected no option {', '.join(changed)}")
-    return made
-
-
-pool: Any = open_pool(settings.redis_url) if settings.redis_url else None
-
-
-def find_node(client_id: str) -> str | None:
-    """Return the other node that a client's id names, or None."""
-    named = re.fullmatch(
-        r"([0-9a-f]{8})-[0-9a-f]{4}-8[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}", client_id
-    )
-    return named[1] if named and named[1] != node_id() else None
-
-
-def parse_batch(data: bytes) -> tuple[str, int, list[tuple[int, bytes]]]:
-    """Return the node that published a batch, how many messages it had published on the channel, and the items.
-
-    Raises:
-        ValueError: the data is not such a batch from its first byte to its last.
-
-    """
-    items = []
-    try:
-        version, node, sequence = HEADER.unpack_from(data)
-        end = HEADER.size
-        while version == VERSION and end < len(data):
-            kind, length = ITEM.unpack_from(data, end)
-            start = end + ITEM.size
-            end = start + length
-            items.append((kind, data[start:end]))
-    except struct.error as error:
-        raise ValueError(str(error)) from None
-    if version != VERSION or end != len(data):
-        raise ValueError(
-            f"expected a batch of version {VERSION!r}, got {len(data)} bytes that begin {data[:4]!r}"
-        )
-    return node.decode(), sequence, items
-
-
-class Batch:
-    """Items that go in one PUBLISH."""
-
-    def __init__(self, channel: str) -> None:
-        self.channel = channel
-        self.items: list[bytes] = []
-        self.size = self.messages = 0
-        self.told: list[Told] = []
-
-    def add(self, kind: int, body: bytes, told: Told | None) -> None:
-        self.items += ITEM.pack(kind, len(body)), body
-        self.size += len(body)
-        self.messages += kind <= PUSH
-        if told:
-            self.told.append(told)
-
-    def end(self, nodes: int | None) -> None:
-        """Tell how many nodes heard it; None: it is lost, and counted."""
-        if nodes is None:
-            errors_total.labels("redis").inc(self.messages)
-        for told in self.told:
-            told(nodes)
-
-
-class Link(InLoop):
-    """A process's two connections to Redis: one publishes, the other hears what the other nodes publish.
-
-    What comes while a pipeline is under way waits for the next. Nothing is published twice, and nothing is kept until
-    a lost Redis returns: the other nodes would not be there to hear it.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(asyncio.get_running_loop())
-        self.everybody = self.channel("all")
-        self.sign = VERSION, node_id().encode()
-        self.tried = asyncio.Event()  # whether Redis is there is known
-        self.up = False
-        self.waiting: list[Batch] = []
-        self.waiting_bytes = 0
-        self.under_way: deque[Batch] = deque()
-        self.woken = asyncio.Event()
-        self.published: defaultdict[str, int] = defaultdict(
-            int
-        )  # messages that Redis has taken, by channel
-        self.heard: dict[tuple[str, str], int] = {}  # the same of each other node
-        self.probe_heard = 0.0  # when the last probe that came back was sent
-        self.patience = (
-            0.0  # how late a probe may be until a backlog must be read, whoever falls behind
-        )
-        self.unheard = self.unanswered = 0  # probes since either connection brought something
-        self.answers: dict[int, asyncio.Queue[Any]] = {}
-        self.numbers = itertools.count()
-        self.redis_up = _metric(
-            Gauge, "datadivr_redis_up", "Whether Redis answers.", multiprocess_mode="livemin"
-        )
-        self.redis_up.set(0)
-        self.task = self.loop.create_task(self._run())
-
-    def channel(self, node: str) -> str:
-        return f"{settings.redis_prefix}:{node}"
-
-    def send(self, channel: str, kind: int, body: bytes, told: Told | None = None) -> None:
-        """Publish an item with the others of this turn; from any thread."""
-        self.call(self._append, channel, kind, body, told)
-
-    def _append(self, channel: str, kind: int, body: bytes, told: Told | None) -> None:
-        lost = self.tried.is_set() and not self.up
-        if lost or (
-            self.waiting_bytes and self.waiting_bytes + len(body) > settings.max_buffer_bytes
-        ):
-            dropped = Batch(channel)
-            dropped.add(kind, body, told)
-            return dropped.end(None)
-        if not self.waiting or self.waiting[-1].channel != channel:
-            self.waiting.append(Batch(channel))
-        self.waiting[-1].add(kind, body, told)
-        self.waiting_bytes += len(body)
-        self.woken.set()
-        return None
-
-    def send_to_one(self, node: str, client_id: str, data: bytes, asker: Client | None) -> None:
-        """Send a message to another node's client; the asker is told if it is not there."""
-
-        def told(nodes: int | None) -> None:
-            if nodes == 0 and asker:
-                asker.log.call(asker.report_unknown)
-
-        self.send(
-            self.channel(node),
-            TO_ONE,
-            f"{client_id}{asker.id if asker else '':36}".encode() + data,
-            told,
-        )
-
-    async def confirm(self, channel: str, kind: int, body: bytes) -> int | None:
-        """Publish an item and return how many nodes heard it; None if it could not go."""
-        nodes: asyncio.Future[int | None] = self.loop.create_future()
-
-        def told(count: int | None) -> None:
-            if not nodes.done():
-                nodes.set_result(count)
-
-        self.send(channel, kind, body, told)
-        return await nodes
-
-    async def ask(self, channel: str, request: Sequence[Any]) -> tuple[list[Any], bool]:
-        """Have the other nodes on a channel perform a request; return what they answer within 1 s, and if one did not.
-
-        It runs in this link's loop.
-        """
-        number = next(self.numbers)
-        answers: list[Any] = []
-        queue = self.answers[number] = asyncio.Queue()
-        body = json.dumps([number, *request]).encode()
-        try:
-            async with asyncio.timeout(ANSWER_SECONDS):
-                nodes = await self.confirm(channel, PUSH if request[0] == "push" else ASK, body)
-                while nodes is not None and len(answers) < nodes - (channel == self.everybody):
-                    answers.append(await queue.get())
-            return answers, nodes is None
-        except TimeoutError:
-            return answers, True
-        finally:
-            del self.answers[number]
-
-    async def stop(self) -> None:
-        """Publish what waits, in 1 s at most, and leave."""
-        with suppress(TimeoutError):
-            if not self.task.done():
-                await asyncio.wait_for(self.confirm(self.channel(node_id()), PROBE, self._now()), 1)
-        while (
-            not self.task.done()
-        ):  # before Python 3.13 a TaskGroup swallows a cancel that meets an error
-            self.task.cancel()
-            await asyncio.wait([self.task], timeout=RETRY_SECONDS)
-        self.redis_up.set(0)
-
-    async def _run(self) -> None:
-        while True:
-            publisher, subscriber = pool.make_connection(), pool.make_connection()
-            try:
-                async with asyncio.timeout(LOST_PROBES * PROBE_SECONDS):
-                    await publisher.connect()
-                    await subscriber.connect()
-                    await subscriber.send_command(
-                        "SUBSCRIBE", self.everybody, self.channel(node_id())
-                    )
-                    for _ in range(2):
-                        await subscriber.read_response()
-                    await publisher.send_command(
-                        "PUBLISH", self.channel(node_id()), HEADER.pack(*self.sign, 0)
-                    )
-                    await publisher.read_response()
-                async with asyncio.TaskGroup() as tasks:
-                    tasks.create_task(self._hear(subscriber))
-                    tasks.create_task(self._publish(publisher))
-                    tasks.create_task(self._probe())
-            except* Exception as errors:
-                self._lose(errors.exceptions[0])
-            finally:
-                await publisher.disconnect(nowait=True)
-                await subscriber.disconnect(nowait=True)
-            await asyncio.sleep(RETRY_SECONDS)
-
-    def _lose(self, error: Exception) -> None:
-        if self.up or not self.tried.is_set():
-            logger.warning("redis_lost", error=f"{type(error).__name__}: {error}")
-            errors_total.labels("redis").inc()
-        self.tried.set()
-        self.up = False
-        self.redis_up.set(0)
-        for batch in (*self.under_way, *self.waiting):
-            batch.end(None)
-        self.under_way.clear()
-        self.waiting, self.waiting_bytes = [], 0
-
-    def _now(self) -> bytes:
-        return struct.pack("!d", self.loop.time())
-
-    async def _probe(self) -> None:
-        """Say that Redis is there, and notice when it is there no longer, though its connections may be."""
-        if self.tried.is_set():
-            await asyncio.sleep(REJOIN_SECONDS)
-        self.probe_heard, self.unheard, self.unanswered = self.loop.time(), 0, 0
-        self.up = True
-        self.tried.set()
-        self.redis_up.set(1)
-        logger.info("redis_joined", node=node_id())
-        while max(self.unheard, self.unanswered) < LOST_PROBES:
-            self.send(self.channel(node_id()), PROBE, self._now())
-            await asyncio.sleep(
-                PROBE_SECONDS
-            )  # a count, not a clock: a process that was paused has not lost Redis
-            self.unheard += 1
-            self.unanswered += 1
-        raise TimeoutError(f"nothing heard for {LOST_PROBES * PROBE_SECONDS} s")
-
-    async def _publish(self, publisher: Any) -> None:
-        while True:
-            await self.woken.wait()
-            self.woken.clear()
-            self.under_way.extend(self.waiting)
-            self.waiting = []
-            commands, sequences = [], self.published.copy()
-            for batch in self.under_way:
-                header = HEADER.pack(*self.sign, sequences[batch.channel])
-                commands.append(("PUBLISH", batch.channel, b"".join((header, *batch.items))))
-                sequences[batch.channel] += batch.messages
-            await publisher.send_packed_command(
-                publisher.pack_commands(commands), check_health=False
-            )
-            while self.under_way:
-                nodes = await publisher.read_response()
-                self.unanswered = 0
-                batch = self.under_way.popleft()
-                self.waiting_bytes -= batch.size
-                if (
-                    nodes
-                ):  # or a client could fill memory with the channels of nodes that it made up
-                    self.published[batch.channel] += batch.messages
-                batch.end(nodes)
-
-    async def _hear(self, subscriber: Any) -> None:
-        everybody, own = self.everybody.encode(), b"".join(self.sign)
-        allowance, unpaced = YIELD_BYTES, 0
-        while True:
-            _, channel, data = await subscriber.read_response()
-            self.unheard = 0
-            if channel != everybody or not data.startswith(own):  # what it published comes back
-                self._take(channel.decode(), data)
-            unpaced += len(data)
-            if unpaced > settings.max_buffer_bytes // 16:
-                unpaced = 0
-                await self._catch_up()
-            allowance -= max(len(data), YIELD_BYTES // YIELD_MESSAGES)
-            if allowance <= 0:
-                allowance = YIELD_BYTES
-                await asyncio.sleep(0)
-
-    async def _catch_up(self) -> None:
-        """Wait for clients that read, since a backlog comes faster than they take it; as long as the pause, at most."""
-        if self.loop.time() - self.probe_heard < BEHIND_SECONDS:
-            return
-        self.patience = self.patience or 2 * (self.loop.time() - self.probe_heard)
-        least, waited = math.inf, 0.0
-        while self.loop.time() - self.probe_heard < self.patience and waited < STALLED_SECONDS:
-            sizes = [client.buffered_bytes for client in tuple(clients.values())]
-            unsent = sum(size for size in sizes if size > settings.max_buffer_bytes // 4)
-            if not unsent:
-                return
-            waited = 0 if unsent < least else waited + 0.01
-            least = min(least, unsent)
-            self.unheard = 0
-            await asyncio.sleep(0.01)
-
-    def _take(self, channel: str, data: bytes) -> None:
-        try:
-            node, sequence, items = parse_batch(data)
-            missed = sequence - self.heard.get((node, channel), sequence)
-            self.heard[node, channel] = sequence + sum(kind <= PUSH for kind, _ in items)
-            if missed > 0:
-                errors_total.labels("redis").inc(missed)
-                logger.warning("redis_messages_missed", node=node, messages=missed)
-            for kind, body in items:
-                self._act(node, kind, body)
-        except Exception as error:
-            errors_total.labels("redis").inc()
-            warn("redis_garbage", channel=channel, error=repr(error))
-
-    def _act(self, node: str, kind: int, body: bytes) -> None:
-        if kind == TO_ALL:
-            deliver("all", body)
-        elif kind == TO_ONE:
-            if not deliver(body[:36].decode(), body[72:]):
-                self.send(self.channel(node), UNKNOWN, body[36:72])
-        elif kind == UNKNOWN:
-            if asker := clients.get(body.decode()):
-                asker.log.call(asker.report_unknown)
-        elif kind in (PUSH, ASK):
-            number, *request = json.loads(body)
-            self.send(self.channel(node), ANSWER, json.dumps([number, perform(request)]).encode())
-        elif kind == ANSWER:
-            number, answer = json.loads(body)
-            if number in self.answers:  # it may come late
-                self.answers[number].put_nowait(answer)
-        elif kind == PROBE:
-            (self.probe_heard,) = struct.unpack("!d", body)
-            if self.loop.time() - self.probe_heard < BEHIND_SECONDS:
-                self.patience = 0.0
-        else:
-            raise ValueError(f"unknown kind {kind}")
-
-
-_link: Link | None = globals().get("_link")
-_joining = threading.Lock()
-
-
-def join() -> Link | None:
-    """Return the link to the other nodes, started here if there is none; None without `DATADIVR_REDIS_URL`."""
-    global _link
-    if pool:
-        with _joining:
-            if _link is None or _link.task.done() or _link.loop.is_closed():
-                _link = Link()
-    return _link
-
-
-def perform(request: Sequence[Any]) -> Any:
-    """Perform a request for the clients of this process, whichever node it came to; None where there is no answer."""
-    match request:
-        case ["list", limit, after]:
-            order = operator.attrgetter("connected_us", "id")
-            rest = (client for client in tuple(clients.values()) if order(client) > tuple(after))
-            page = sorted(rest, key=order)[: limit + 1]
-            return len(clients), [(client.connected_us, describe_client(client)) for client in page]
-        case ["get", client_id] if client := clients.get(client_id):
-            return describe_client(client)
-        case ["disconnect", client_id] if client := clients.get(client_id):
-            return client.log.call(
-                client.disconnect, 1008, "Disconnected by an administrator", "admin"
-            )
-        case ["push", to, text]:
-            return deliver(to, text.encode())
-    return None
-
-
-async def ask(to: str, *request: Any) -> tuple[list[Any], bool]:
-    """Perform a request on all nodes, or on the one that holds a client; return the answers, and if one is missing."""
-    answers = [perform(request)]
-    node = find_node(to)
-    if (node or to in EVERYBODY) and (link := join()):
-        asked = asyncio.run_coroutine_threadsafe(
-            link.ask(link.channel(node or "all"), request), link.loop
-        )
-        others, partial = await asyncio.wrap_future(asked)
-        return answers + others, partial
-    return answers, False
+    _room.enter()
+    client_id = sender.scope.get("datadivr.client_id", "") if sender is not None else ""
+    return _publish(message, clients.get(client_id))
 
 
 # ---- The WebSocket endpoint ----------------------------------------------------------------------
 
-YIELD_BYTES = 65536  # what one client may send before the others' turn comes
-YIELD_MESSAGES = 16
+_YIELD_BYTES = 65536  # what one client may send before the others' turn comes
+_YIELD_MESSAGES = 16
+_ASK_FOR_TOKEN = {"WWW-Authenticate": "Bearer"}
+# By the status of the refusal: the type of error that is counted, and what helps.
+_REFUSALS = {
+    401: ("unauthorized", "a client must bring DATADIVR_CLIENT_TOKEN"),
+    403: ("origin_refused", "add it to DATADIVR_ALLOWED_ORIGINS to let it in"),
+    503: ("too_many_clients", "DATADIVR_MAX_CLIENTS is the limit"),
+}
 
 
-def _bearer_matches(token: str, expected: str) -> bool:
+def _is_same_token(token: str, expected: str) -> bool:
     return hmac.compare_digest(token.encode(), expected.encode())
 
 
-Refusal = tuple[int, str, str, dict[str, str]]  # status, type of error, text, and what is logged
+def _is_allowed_origin(text: str, host: str) -> bool:
+    """Tell whether a page's origin is listed, or of the host that its request is for."""
+    if "*" in _settings.allowed_origins:
+        return True
+    try:
+        origin = _normalise_origin(text)
+        scheme = origin.partition("://")[0]
+        if scheme in _DEFAULT_PORTS and origin == _normalise_origin(f"{scheme}://{host}"):
+            return True
+    except ValueError:
+        return False
+    return origin in _settings.allowed_origins
 
 
-def _refuse(status: int, error: str, text: str, fields: dict[str, str]) -> NoReturn:
-    errors_total.labels(error).inc()
-    warn(error, **fields)
-    raise HTTPException(status, text, {"WWW-Authenticate": "Bearer"} if status == 401 else None)
-
-
-def _same_host(origin: str, host: str) -> bool:
-    scheme, _, netloc = origin.lower().partition("://")
-    port = {"http": ":80", "https": ":443"}.get(scheme)
-    return port is not None and netloc.removesuffix(port) == host.lower().removesuffix(port)
-
-
-def _find_fault(websocket: WebSocket) -> Refusal | None:
+def _find_refusal(websocket: WebSocket) -> HTTPException | None:
+    """Return how a client is refused; None for one that may come in."""
     origin = websocket.headers.get("origin")
-    if origin is not None and not (
-        {"*", origin.lower()} & set(settings.allowed_origins)
-        or _same_host(origin, websocket.headers.get("host", ""))
-    ):
-        hint = "add it to DATADIVR_ALLOWED_ORIGINS to let it in"
-        return (
-            403,
-            "origin_refused",
-            f"Origin {origin} is not allowed.",
-            {"origin": origin, "hint": hint},
-        )
-    if settings.client_token is not None:
+    if origin is not None and not _is_allowed_origin(origin, websocket.headers.get("host", "")):
+        return HTTPException(403, f"Origin {origin} is not allowed.")
+    if _settings.client_token is not None:
         scheme, _, token = websocket.headers.get("authorization", "").partition(" ")
         offered = websocket.scope.get("subprotocols", [])
-        if scheme.lower() != "bearer" and len(offered) == 2 and offered[0] == "bearer":
+        if scheme.lower() != "bearer" and len(offered) == 2:
             scheme, token = offered
-        if scheme.lower() != "bearer" or not _bearer_matches(token.strip(), settings.client_token):
-            return (
-                401,
-                "unauthorized",
-                "A client token is needed.",
-                {"hint": "it must bring DATADIVR_CLIENT_TOKEN"},
-            )
+        if scheme.lower() != "bearer" or not _is_same_token(token.strip(), _settings.client_token):
+            return HTTPException(401, "A client token is needed.", _ASK_FOR_TOKEN)
     return None
 
 
-async def authorize_client(websocket: WebSocket) -> None:
-    """Refuse a client from a foreign page, or without the token: the answer comes before the upgrade.
+def _counted(refusal: HTTPException) -> HTTPException:
+    code, hint = _REFUSALS[refusal.status_code]
+    _count_error(code, error=refusal.detail, hint=hint)
+    return refusal
 
-    A FastAPI dependency: put your own in its place with `app.dependency_overrides[authorize_client]`. A foreign page
-    is one whose `Origin` (RFC 6454) is neither the request's `Host` nor in `DATADIVR_ALLOWED_ORIGINS`. The token comes
-    in `Authorization: Bearer` or, from a browser, as the second of the subprotocols `["bearer", token]`.
+
+async def authorize_client(websocket: WebSocket) -> None:
+    """Refuse a client from a foreign page, or without the token.
+
+    A FastAPI dependency: put your own in its place with
+    `app.dependency_overrides[authorize_client]`. A foreign page is one whose `Origin` (RFC 6454)
+    is neither the request's `Host` nor in `DATADIVR_ALLOWED_ORIGINS`. The token comes in
+    `Authorization: Bearer` or, from a browser, as the second of the subprotocols
+    `["bearer", token]`.
 
     Raises:
         HTTPException: 403 for the origin, 401 for the token.
-
     """
-    if fault := _find_fault(websocket):
-        _refuse(*fault)
-
-
-def _is_full() -> bool:
-    return 0 < settings.max_clients <= len(clients)
-
-
-def _refuse_if_full() -> None:
-    if _is_full():
-        _refuse(503, "too_many_clients", f"{settings.max_clients} clients are connected.", {})
+    refusal = _find_refusal(websocket)
+    if refusal is not None:
+        raise _counted(refusal)
 
 
 async def websocket_endpoint(websocket: WebSocket) -> None:
     """Authorize a client and serve it until it goes.
 
     Raises:
-        HTTPException: 401, 403 (see `authorize_client`), or 503 where `DATADIVR_MAX_CLIENTS` are connected.
-
+        HTTPException: 401 or 403 (see `authorize_client`), or 503 (see `handle_connection`).
     """
     await authorize_client(websocket)
-    _refuse_if_full()
     await handle_connection(websocket)
 
 
-async def handle_connection(websocket: WebSocket) -> None:
-    """Accept a client without asking who it is, and serve it until it goes."""
-    transport, receive, protocol = open_transport(websocket)
-    join()
-    loop = asyncio.get_running_loop()
-    log = logs.get(loop) or logs.setdefault(loop, Log(loop))
-    address = f"{websocket.client.host}:{websocket.client.port}" if websocket.client else ""
-    client = Client(address, transport, log, protocol)
-    clients[client.id] = (
-        client  # before anything is awaited, or more than DATADIVR_MAX_CLIENTS could come in
-    )
-    clients_gauge.inc()
-    connections_total.inc()
+async def handle_connection(websocket: WebSocket, subprotocol: str | None = None) -> None:
+    """Accept a client without asking who it is, and serve it until it goes.
+
+    Args:
+        websocket: Starlette's, not yet accepted.
+        subprotocol: the one that is chosen of those that the client offered (RFC 6455, 1.9); by
+            default "bearer", where that was offered first.
+
+    Raises:
+        HTTPException: 503, `DATADIVR_MAX_CLIENTS` are connected.
+        RuntimeError: other clients are connected in another event loop.
+    """
+    _room.enter()
+    if _room.is_full():
+        raise _counted(HTTPException(503, f"{_settings.max_clients} clients are connected."))
+    client = await _accept(websocket, subprotocol)
     try:
-        offered = websocket.scope.get("subprotocols", [])
-        await websocket.accept("bearer" if offered[:1] == ["bearer"] else None)
-        log.add(client)
-        websocket.scope["datadivr.client_id"] = client.id
-        logger.info("client_connected", client_id=client.id, address=address)
         await _announce(client, "$connect")
-        await _serve(client, receive)
+        await _read_messages(client)
     finally:
-        client.leave(client.end())
-        if isinstance(transport, AsgiTransport):
-            await transport.finish()
-        else:
-            protocol.close_sent = (
-                True  # or uvicorn's stop would send a close frame after the one it has answered
-            )
+        _room.leave(client, client.connection.close_reason())
+        client.connection.finish()
         await _announce(client, "$disconnect")
 
 
+async def _accept(websocket: WebSocket, subprotocol: str | None) -> Client:
+    if subprotocol is None and websocket.scope.get("subprotocols", [])[:1] == ["bearer"]:
+        subprotocol = "bearer"
+    _room.arriving += 1  # or more than DATADIVR_MAX_CLIENTS could come in at once
+    try:
+        await websocket.accept(subprotocol)
+    finally:
+        _room.arriving -= 1
+    address = f"{websocket.client.host}:{websocket.client.port}" if websocket.client else ""
+    random = str(uuid.uuid4())  # the rest of a UUID of version 8 (RFC 9562, 5.8)
+    client_id = f"{_room.node}{random[8:14]}8{random[15:]}"
+    client = Client(client_id, address, _open_connection(websocket))
+    websocket.scope["datadivr.client_id"] = client.id
+    _room.join(client)
+    return client
+
+
 async def _announce(client: Client, event_name: str) -> None:
-    if event_name in _registry[HandlerType.SERVER]:
+    """Run the handler of a client's coming or going, if there is one."""
+    if event_name in _handlers[HandlerType.SERVER]:
         await _handle(client, WebSocketMessage(event_name=event_name, from_id=client.id))
 
 
-async def _serve(client: Client, receive: Receive) -> None:
+async def _read_messages(client: Client) -> None:
     """Handle a client's messages, one after the other, until it goes."""
-    handlers = _registry[HandlerType.SERVER]
-    allowance = YIELD_BYTES
-    while (event := await receive())["type"] == "websocket.receive":
+    allowance = _YIELD_BYTES
+    while (event := await client.connection.receive())["type"] == "websocket.receive":
         data = event.get("text")
-        if data is None:
+        if data is None:  # hypercorn sends both keys
             data = event["bytes"]
-        if (message := _read(client, data)) is not None:
-            if message.event_name in handlers:
-                await _handle(client, message)
-            else:
-                publish(message, client, client)
-        client.log.schedule()
-        allowance -= max(len(data), YIELD_BYTES // YIELD_MESSAGES)
+        # What comes after this side's close frame is ignored, until the client's own comes.
+        if client.id in clients:
+            await _take(client, data)
+        allowance -= max(len(data), _YIELD_BYTES // _YIELD_MESSAGES)
         if allowance <= 0:  # a queue that is not empty lets nobody else run
-            allowance = YIELD_BYTES
+            allowance = _YIELD_BYTES
             await asyncio.sleep(0)
 
 
-def _read(client: Client, data: str | bytes) -> WebSocketMessage | None:
-    """Make a message from what a client sent, or tell it what is wrong."""
-    if client.id not in clients:
-        return None  # it was sent a close frame: what it still sends is read, so that its own close is seen
+async def _take(client: Client, data: str | bytes) -> None:
+    """Make a message of what a client sent, and handle it."""
     client.messages_received += 1
-    client.log.received += 1
-    limit = settings.max_message_bytes
+    _received_total.inc()
+    limit = _settings.max_message_bytes
+    # A character is up to 4 bytes of UTF-8.
     if len(data) * 4 > limit and len(data.encode() if isinstance(data, str) else data) > limit:
-        client.disconnect(1009, f"The limit is {limit} bytes", "message_too_big")
-        return None
-    if settings.max_messages_per_second and not client.take_token():
-        return None
+        _room.leave(client, "message_too_big", 1009, f"The limit is {limit} bytes")
+        return
+    if _settings.max_messages_per_second and client.exceeds_rate():
+        return
     try:
-        message = ClientMessage.__pydantic_validator__.validate_json(data)
-    except ValidationError as error:
-        client.report("invalid_message", describe(error), "invalid_message_format")
-        return None
+        message = parse_message(data)
+    except InvalidMessageFormat as error:
+        client.report(error.code, str(error))
+        return
     message.from_id = client.id
-    return message  # type: ignore[no-any-return]
+    await _handle(client, message)
 
 
 async def _handle(client: Client, message: WebSocketMessage) -> None:
-    """Run the handler of a message of a client's, or about it, and send its answer."""
+    """Run the handler of a client's message, and publish the answer."""
     try:
         answer = await handle_msg(message)
         if answer is not None:
-            publish(answer, client, client)
-    except InvalidPayload as error:
-        client.report("invalid_payload", str(error), "invalid_payload")
+            _publish(answer, client, client)
+    except InvalidMessageFormat as error:
+        client.report(error.code, str(error), event_name=message.event_name)
     except (Exception, asyncio.CancelledError):
-        if (task := asyncio.current_task()) and task.cancelling():
-            raise  # it is this connection that is cancelled, not something that the handler awaited
-        client.report(
-            "handler_error",
-            f"The handler of {message.event_name!r} failed.",
-            "handler_error",
-            exc_info=True,
-        )
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise  # it is this connection that is cancelled, not what the handler awaited
+        text = f"The handler of {message.event_name!r} failed."
+        client.report("handler_error", text, event_name=message.event_name, exc_info=True)
 
 
 # ---- The admin API -------------------------------------------------------------------------------
 
 
-class Detail(BaseModel):
-    """Why a request was refused."""
-
-    detail: str
-
-
 class ClientInfo(BaseModel):
-    """One connected client."""
+    """One connected client; `node` is the process that holds it."""
 
-    id: str = Field(examples=["5f0c2a91-52d5-8cf0-9f5a-1c6e3d0a9b48"])
-    node: str = Field(description="The process that holds it.", examples=["5f0c2a91"])
-    address: str = Field(
-        description="Host and port of its end of the connection.", examples=["127.0.0.1:50514"]
-    )
+    id: str
+    node: str
+    address: str
     connected_at: datetime
     messages_received: int
     messages_sent: int
@@ -1626,325 +1160,597 @@ class ClientPage(BaseModel):
     """A page of the list of clients, oldest first."""
 
     total: int = Field(description="Clients connected now.")
-    next: str | None = Field(
-        description="The `after` of the next page; null on the last.", examples=[None]
-    )
-    partial: bool = Field(
-        description="Whether a node did not answer, so that its clients are missing."
-    )
+    next: str | None = Field(description="The `after` of the next page; null on the last.")
+    partial: bool = Field(description="Whether a node did not answer: its clients are missing.")
     clients: list[ClientInfo]
 
 
 class Announcement(BaseModel):
     """A message from the server."""
 
-    event_name: UnreservedEventName
+    event_name: _UnreservedEventName
     payload: Any = None
     to: str = Field("all", description="`all`, `others` (the same here), or one client's id.")
     message: str | None = None
 
 
 class Recipients(BaseModel):
-    """How many clients a message was sent to."""
+    """How many clients a message was sent to, and whether a node did not answer."""
 
     recipients: int
-    partial: bool = Field(
-        description="Whether a node did not answer, so that its clients are not counted."
-    )
+    partial: bool
 
 
-class Health(BaseModel):
-    """The server answers."""
-
-    status: Literal["ok"] = "ok"
-
-
-@functools.cache
-def admin_token() -> str:
+@cache
+def _admin_token() -> str:
     """Return the admin API's token; where none is set, make one up and log it, once."""
-    if settings.admin_token is not None:
-        return settings.admin_token
+    if _settings.admin_token is not None:
+        return _settings.admin_token
     token = secrets.token_urlsafe(32)
-    logger.warning(
-        "admin_token_generated", token=token, hint="set DATADIVR_ADMIN_TOKEN to choose it"
-    )
+    hint = "set DATADIVR_ADMIN_TOKEN to choose it"
+    _log.warning("admin_token_generated", token=token, hint=hint)
     return token
 
 
-_bearer = HTTPBearer(
-    auto_error=False, description="DATADIVR_ADMIN_TOKEN, or the token that the server logged."
-)
-Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
+_bearer = HTTPBearer(auto_error=False, description="DATADIVR_ADMIN_TOKEN, or the one in the log.")
+_Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
 
 
-async def authorize_admin(credentials: Credentials) -> None:
-    """Refuse a request without the admin token.
-
-    Raises:
-        HTTPException: 401.
-
-    """
-    expected = admin_token()
-    if credentials is None or not _bearer_matches(credentials.credentials, expected):
-        errors_total.labels("unauthorized").inc()
-        raise HTTPException(401, "The admin token is needed.", {"WWW-Authenticate": "Bearer"})
+async def _authorize_admin(credentials: _Credentials) -> None:
+    expected = _admin_token()
+    if credentials is None or not _is_same_token(credentials.credentials, expected):
+        _errors_total.labels("unauthorized").inc()
+        raise HTTPException(401, "The admin token is needed.", _ASK_FOR_TOKEN)
 
 
-async def authorize_scrape(credentials: Credentials) -> None:
-    """Refuse a scrape without the admin token where `DATADIVR_PROTECT_METRICS` is on."""
-    if settings.protect_metrics:
-        await authorize_admin(credentials)
+async def _authorize_scrape(credentials: _Credentials) -> None:
+    if _settings.protect_metrics:
+        await _authorize_admin(credentials)
 
 
 @asynccontextmanager
-async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-    """At the start log the admin token if one was made up, and find out whether Redis is there; leave it at the end."""
-    admin_token()
-    link = join()
-    if link is None or link.loop is not asyncio.get_running_loop():
-        yield
-        return
-    await link.tried.wait()
+async def _lifespan(_: FastAPI) -> AsyncIterator[None]:
+    """Log the admin token if it was made up, and find out whether Redis is there."""
+    _admin_token()
+    _room.enter()
+    await _peers.wait_until_known()
     yield
-    await link.stop()
+    await _peers.stop()
 
 
-router = APIRouter(lifespan=lifespan)
-admin = APIRouter(dependencies=[Depends(authorize_admin)], responses={401: {"model": Detail}})
-NOT_FOUND: dict[int | str, dict[str, Any]] = {404: {"model": Detail}, 503: {"model": Detail}}
+def _perform(request: list[Any]) -> Any:
+    """Perform a request for this process's clients, whichever process it came to.
+
+    Returns what JSON can hold; None where it is about a client that is not here.
+    """
+    match request:
+        case ["list", limit, after]:
+            found = {client.connected_at + client.id: client for client in clients.values()}
+            keys = sorted(key for key in found if key > after)[: limit + 1]
+            return len(clients), {key: _describe_client(found[key]) for key in keys}
+        case ["get", client_id] if client := clients.get(client_id):
+            return _describe_client(client)
+        case ["disconnect", client_id] if client := clients.get(client_id):
+            _room.leave(client, "admin", 1008, "Disconnected by an administrator")
+            return True
+        case ["publish", to, text] if to in clients or to in _EVERYBODY:
+            return _room.publish(to, text.encode())
+    return None
 
 
-def describe_client(client: Client) -> dict[str, Any]:
-    return ClientInfo(
-        id=client.id,
-        node=client.id[:8],
-        address=client.address,
-        connected_at=datetime.fromtimestamp(client.connected_us / 1e6, UTC),
-        messages_received=client.messages_received,
-        messages_sent=client.messages_sent,
-        buffered_bytes=client.buffered_bytes,
-    ).model_dump(mode="json")
+def _describe_client(client: Client) -> dict[str, Any]:
+    return {
+        "id": client.id,
+        "node": client.id[:8],
+        "address": client.address,
+        "connected_at": client.connected_at,
+        "messages_received": client.messages_received,
+        "messages_sent": client.messages_sent,
+        "buffered_bytes": client.unsent(),
+    }
 
 
-async def _ask_owner(client_id: str, *request: Any) -> Any:
-    answers, partial = await ask(client_id, *request)
-    for answer in filter(None, answers):
-        return answer
+async def _ask(to: str, request: list[Any]) -> tuple[list[Any], bool]:
+    """Have all processes, or the one that holds a client, perform a request.
+
+    Returns the answers, this process's first, and whether one is missing.
+    """
+    _room.enter()
+    own = _perform(request)
+    if own is not None and to not in _EVERYBODY:
+        return [own], False
+    answers, partial = await _peers.ask(to, request)
+    return [own, *answers], partial
+
+
+async def _ask_owner(client_id: str, request: list[Any]) -> Any:
+    answers, partial = await _ask(client_id, request)
+    for answer in answers:
+        if answer is not None:
+            return answer
     if partial:
         raise HTTPException(503, "The node that holds this client does not answer.")
     raise HTTPException(404, "No client with this id is connected.")
 
 
-@admin.get("/clients")
-async def list_clients(
-    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
-    after: Annotated[
-        str, Query(pattern=r"^([0-9]{1,17}-[0-9a-f-]{36})?$", description="`next` of a page.")
-    ] = "",
-) -> ClientPage:
-    """List the connected clients, oldest first."""
-    since, _, last_id = after.partition("-")
-    answers, partial = await ask("all", "list", limit, (int(since or 0), last_id))
-    found = sorted((us, client["id"], client) for _, page in answers for us, client in page)
-    more = "{}-{}".format(*found[limit - 1]) if len(found) > limit else None
-    page = [client for _, _, client in found[:limit]]
-    return ClientPage(
-        total=sum(count for count, _ in answers), next=more, partial=partial, clients=page
-    )
+# What the OpenAPI document says of answers that are raised, and of the body that is read by hand.
+_DETAIL: dict[str, Any] = {"model": dict[str, Any]}
+_EXAMPLE = {"event_name": "news", "message": "Hello, all."}
+_BODY = {"schema": Announcement.model_json_schema(), "example": _EXAMPLE}
+_After = Annotated[str, Query(pattern=r"^([0-9T:.-]{26}Z[0-9a-f-]{36})?$")]
+
+router = APIRouter(lifespan=_lifespan)
+_admin = APIRouter(dependencies=[Depends(_authorize_admin)], responses={401: _DETAIL})
 
 
-@admin.get("/clients/{client_id}", responses=NOT_FOUND)
-async def get_client(client_id: str) -> ClientInfo:
-    """Describe one connected client."""
-    return ClientInfo(**await _ask_owner(client_id, "get", client_id))
+@_admin.get("/clients", response_model=ClientPage)
+async def _list_clients(
+    limit: Annotated[int, Query(ge=1, le=1000)] = 100, after: _After = ""
+) -> Any:
+    """List the connected clients, oldest first; `after` is the `next` of a page."""
+    answers, partial = await _ask("all", ["list", limit, after])
+    found: dict[str, Any] = {}
+    for _, page in answers:
+        found |= page
+    keys = sorted(found)
+    return {
+        "total": sum(count for count, _ in answers),
+        "next": keys[limit - 1] if len(keys) > limit else None,
+        "partial": partial,
+        "clients": [found[key] for key in keys[:limit]],
+    }
 
 
-@admin.delete("/clients/{client_id}", status_code=204, responses=NOT_FOUND)
-async def disconnect_client(client_id: str) -> None:
-    """Disconnect a client, after what was already sent to it, with code 1008."""
-    await _ask_owner(client_id, "disconnect", client_id)
-
-
-@admin.route(
-    "/clients/{client_id}",
-    "HEAD OPTIONS PATCH POST PUT QUERY TRACE".split(),
-    include_in_schema=False,
+@_admin.get(
+    "/clients/{client_id}", response_model=ClientInfo, responses={404: _DETAIL, 503: _DETAIL}
 )
-async def _refuse_method(_: Request) -> NoReturn:
-    # RFC 9110, 15.5.6: what the resource allows, while each of its two routes would name its own method alone
-    raise HTTPException(405, headers={"Allow": "GET, DELETE"})
+async def _get_client(client_id: str) -> Any:
+    """Describe one connected client."""
+    return await _ask_owner(client_id, ["get", client_id])
 
 
-@admin.post(
+@_admin.delete("/clients/{client_id}", status_code=204, responses={404: _DETAIL, 503: _DETAIL})
+async def _disconnect_client(client_id: str) -> None:
+    """Disconnect a client, after what was already sent to it, with code 1008."""
+    await _ask_owner(client_id, ["disconnect", client_id])
+
+
+@_admin.post(
     "/messages",
     status_code=202,
-    max_body_size=settings.max_message_bytes,
-    responses={
-        **NOT_FOUND,
-        400: {"model": Detail},
-        413: {"model": Detail, "content": {"text/plain": {"schema": {"type": "string"}}}},
-        422: {
-            "content": {
-                "application/json": {"schema": {"$ref": "#/components/schemas/HTTPValidationError"}}
-            }
-        },
-    },
-    openapi_extra={
-        "requestBody": {
-            "required": True,
-            "content": {
-                "application/json": {
-                    "schema": Announcement.model_json_schema(),
-                    "example": {"event_name": "news", "message": "Hello, all."},
-                }
-            },
-        }
-    },
+    response_model=Recipients,
+    responses=dict.fromkeys((400, 404, 413, 422, 503), _DETAIL),
+    openapi_extra={"requestBody": {"required": True, "content": {"application/json": _BODY}}},
 )
-async def post_message(request: Request) -> Recipients:
+async def _post_message(request: Request) -> Any:
     """Send a message to all clients, or to one."""
     try:
-        announcement = Announcement.model_validate_json(await request.body())
+        announcement = Announcement.model_validate_json(await _read_body(request))
     except ValidationError as error:
-        if error.errors()[0]["type"] == "json_invalid":
-            raise HTTPException(400, describe(error)) from None
-        details = error.errors(include_url=False, include_input=False)
-        raise RequestValidationError(
-            [{**detail, "loc": ("body", *detail["loc"])} for detail in details]
-        ) from None
+        details = error.errors(include_url=False, include_input=False, include_context=False)
+        faults = [{**detail, "loc": ("body", *detail["loc"])} for detail in details]
+        raise RequestValidationError(faults) from None
+    text = _encode(WebSocketMessage(**dict(announcement))).decode()
+    request_to_publish = ["publish", announcement.to, text]
+    if announcement.to in _EVERYBODY:
+        counts, partial = await _ask("all", request_to_publish)
+    else:
+        counts, partial = [await _ask_owner(announcement.to, request_to_publish)], False
+    return {"recipients": sum(counts), "partial": partial}
+
+
+async def _read_body(request: Request) -> bytes:
+    """Read a body up to the limit; FastAPI would read all of it before it asks for the token."""
+    body = bytearray()
+    try:
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > _settings.max_message_bytes:
+                raise HTTPException(413, f"The limit is {_settings.max_message_bytes} bytes.")
     except ClientDisconnect:
         raise HTTPException(400, "The body ended early.") from None
-    text = encode(WebSocketMessage(**dict(announcement))).decode()
-    if announcement.to not in EVERYBODY:
-        return Recipients(
-            recipients=await _ask_owner(announcement.to, "push", announcement.to, text),
-            partial=False,
-        )
-    answers, partial = await ask("all", "push", "all", text)
-    return Recipients(recipients=sum(answers), partial=partial)
+    return bytes(body)
 
 
 @router.get(
     "/metrics",
-    dependencies=[Depends(authorize_scrape)],
+    dependencies=[Depends(_authorize_scrape)],
     responses={
         200: {"content": {"application/openmetrics-text": {"schema": {"type": "string"}}}},
-        401: {"content": {"application/json": {"schema": {"$ref": "#/components/schemas/Detail"}}}},
+        401: {"content": {"application/json": {}}},
     },
     response_class=PlainTextResponse,
-    openapi_extra={
-        "security": [{}]
-    },  # DATADIVR_PROTECT_METRICS decides whether the token is needed
+    openapi_extra={"security": [{}]},  # DATADIVR_PROTECT_METRICS decides whether it needs a token
 )
-async def get_metrics(request: Request) -> Response:
+async def _get_metrics(request: Request) -> Response:
     """Report the metrics in Prometheus' text format, or in OpenMetrics where that is asked for."""
     generate, content_type = choose_encoder(request.headers.get("accept", ""))
-    text = await asyncio.to_thread(
-        lambda: generate(collect_metrics())
-    )  # files of many workers take their time
+    # The files of many workers take their time.
+    text = await asyncio.to_thread(lambda: generate(_collect_metrics()))
     return Response(text, media_type=content_type)
 
 
 @router.get("/healthz")
-async def get_health() -> Health:
+async def _get_health() -> dict[str, str]:
     """Say that the server answers."""
-    return Health()
+    return {"status": "ok"}
 
 
-@router.websocket("/ws")
-async def _admit(websocket: WebSocket, _: Annotated[None, Depends(authorize_client)]) -> None:
-    _refuse_if_full()
+@router.websocket("/ws", dependencies=[Depends(authorize_client)])
+async def _serve_client(websocket: WebSocket) -> None:
     await handle_connection(websocket)
 
 
-router.include_router(admin)
+router.include_router(_admin)
 
 
-def _allowed(tag: str) -> str:
-    """Return the source by which a Content-Security-Policy allows the one inline element of the console's page."""
-    text = CONSOLE.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
+def _hash_source(tag: str) -> str:
+    """Return how a Content-Security-Policy names the one inline element of the console's page."""
+    text = _CONSOLE.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
 @router.get("/console", include_in_schema=False)
 @router.get("/console/", include_in_schema=False)
-async def get_console() -> HTMLResponse:
-    """Serve the console: a page without data, which asks for the admin token and uses nothing but this API."""
+async def _get_console() -> HTMLResponse:
+    """Serve the console: a page without data, which uses nothing but this API and its token."""
     policy = (
-        f"default-src 'none'; script-src {_allowed('script')}; style-src {_allowed('style')}; img-src data:; "
-        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
-        "require-trusted-types-for 'script'; trusted-types 'none'"
+        f"default-src 'none'; script-src {_hash_source('script')}; "
+        f"style-src {_hash_source('style')}; img-src data:; connect-src 'self'; base-uri 'none'; "
+        "form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; "
+        "trusted-types 'none'"
     )
-    return HTMLResponse(
-        CONSOLE, headers={"Content-Security-Policy": policy, "Cache-Control": "no-cache"}
-    )
+    headers = {"Content-Security-Policy": policy, "Cache-Control": "no-cache"}
+    return HTMLResponse(_CONSOLE, headers=headers)
 
 
 # ---- The application -----------------------------------------------------------------------------
 
 
 class App(FastAPI):
-    """A FastAPI application that leaves its own stack out for clients of `/ws`: a third of their memory and time.
+    """A FastAPI application that serves clients of `/ws` without FastAPI's own stack.
 
-    Clients to refuse go through it, and all do where middleware, dependencies or the routes of `app` were changed.
-    FastAPI's own telemetry does not see those who do not.
+    That saves a third of an idle client's memory, and of the time that it takes to arrive. It is
+    done innermost, so whatever wraps the stack sees these clients too. All go through the stack
+    where there is middleware, an override, or a route before `/ws`, and so do those to refuse.
+    FastAPI's own telemetry does not see the others.
     """
 
-    def _admits(self, websocket: WebSocket) -> bool:
-        path = websocket.scope["path"].removeprefix(websocket.scope.get("root_path", ""))
-        instrumented = self.user_middleware or "build_middleware_stack" in vars(self)
-        untouched = self is app and self.router.routes[: len(_routes)] == _routes
-        if path != "/ws" or not untouched or instrumented or self.dependency_overrides:
-            return False
-        return not _is_full() and not _find_fault(websocket)
+    def build_middleware_stack(self) -> ASGIApp:
+        stack = super().build_middleware_stack()
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "websocket" and self._admits(
-            websocket := WebSocket(scope, receive, send)
-        ):
-            await handle_connection(websocket)
-            return
-        await super().__call__(scope, receive, send)
-        for _ in range(
-            200
-        ):  # uvicorn logs an error where this returns before a refused connection is lost
-            if getattr(getattr(receive, "__self__", None), "handshake_complete", True):
-                break
-            await asyncio.sleep(0.01)
+        async def serve(scope: Scope, receive: Receive, send: Send) -> None:
+            if scope["type"] != "websocket":
+                return await stack(scope, receive, send)
+            websocket = WebSocket(scope, receive, send)
+            if self._needs_no_stack(websocket):
+                return await handle_connection(websocket)
+            await stack(scope, receive, send)
+            return _UvicornConnection.finish_refusal(receive)
+
+        return serve
+
+    def _needs_no_stack(self, websocket: WebSocket) -> bool:
+        path = websocket.scope["path"].removeprefix(websocket.scope.get("root_path", ""))
+        if path != "/ws" or self.user_middleware or self.dependency_overrides:
+            return False
+        if self.router.routes[: len(_APP_ROUTES)] != _APP_ROUTES:
+            return False
+        if router.routes[: len(_ROUTER_ROUTES)] != _ROUTER_ROUTES:
+            return False
+        return not _room.is_full() and _find_refusal(websocket) is None
 
 
 app = App(title="datadivr", version=__version__)
 app.include_router(router)
-_routes = list(app.router.routes)
+_APP_ROUTES = list(app.router.routes)
+_ROUTER_ROUTES = list(router.routes)
 
-# Code written for the package that this file implements imports from `datadivr.transport.messages` and
-# `datadivr.transport.server`: the import system finds each of them in `sys.modules` once it has imported this file.
-# Run as a program, this file is known under its own name too, or a handler's import of it would make a second copy.
+# Code written for the package that this file implements imports from `datadivr.transport.server`
+# and the like: Python finds these in `sys.modules` once it has imported this file. Run as a
+# program, this file is known under its own name too, or a handler's import made a second copy.
 if __name__ in sys.modules:
     _name = __spec__.name if __spec__ else Path(__file__).stem
-    transport = messages = server = sys.modules[_name] = sys.modules[__name__]
-    for _path in ("transport", "transport.messages", "transport.server"):
-        sys.modules[f"{_name}.{_path}"] = sys.modules[__name__]
+    _module = sys.modules[_name] = sys.modules[__name__]
+    for _path in ("transport", "handlers", "exceptions"):
+        sys.modules[f"{_name}.{_path}"] = _module
+        setattr(_module, _path, _module)
+    for _path in ("messages", "models", "server"):
+        sys.modules[f"{_name}.transport.{_path}"] = _module
+        setattr(_module, _path, _module)
+    sys.modules[f"{_name}.handlers.registry"] = registry = _module
+
+# ---- Cluster -------------------------------------------------------------------------------------
+
+_ANSWER_SECONDS = 1.0
+_LOST_SECONDS = 3  # without a word from Redis
+_RETRY_SECONDS = 0.1
+_CLIENT_ID = re.compile(r"([0-9a-f]{8})-[0-9a-f]{4}-8[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
+
+
+class _Batch:
+    """Lines that one PUBLISH takes to one node, or to all."""
+
+    def __init__(self, node: str, line: bytes) -> None:
+        self.node = node
+        self.lines = [line]
+        self.askers: list[Client] = []  # who is told where nobody hears it
+        self.heard_by: asyncio.Future[int | None] = _room.loop.create_future()
+
+    def finish(self, nodes: int | None) -> None:
+        """Say how many nodes heard it; None where it is lost."""
+        self.heard_by.set_result(nodes)
+        if nodes is None:
+            _errors_total.labels("redis").inc(len(self.lines))
+        for asker in self.askers if nodes == 0 else ():
+            asker.report(*_UNKNOWN_RECIPIENT)
+
+
+class _Cluster(_Peers):
+    """The other processes ("nodes") that share a Redis, in which nothing is kept.
+
+    Each subscribes to a channel of its own and to one of all. What goes over them is lines of
+    text: first the node that publishes, then any number of these, each of three words::
+
+        all - {message}                for all clients
+        CLIENT_ID ASKER_ID {message}   for one client; a - where nobody is to be told
+        ask NUMBER [request]           for `_perform`
+        answer NUMBER ...              what that returned, in JSON
+    """
+
+    def __init__(self, url: str) -> None:
+        self._redis = _open_redis(url)
+        text = "Whether Redis answers."
+        self._up = _declare(Gauge, "redis_up", text, multiprocess_mode="livemin")
+        self._answers: dict[int, asyncio.Queue[Any]] = {}  # by the number of what was asked
+        self._numbers = itertools.count()
+
+    def start(self) -> None:
+        self._is_known = asyncio.Event()  # whether Redis is there
+        self._is_up = False
+        self._waiting: list[_Batch] = []
+        self._has_waiting = asyncio.Event()
+        self._under_way: list[_Batch] = []
+        self._unpublished_bytes = 0
+        self._patience = 0.0  # seconds that clients may yet take to read a backlog
+        self._task: asyncio.Task[None] = _room.loop.create_task(self._run())
+
+    async def wait_until_known(self) -> None:
+        await self._is_known.wait()
+
+    async def stop(self) -> None:
+        for batch in (*self._under_way, *self._waiting)[-1:]:
+            await asyncio.wait([batch.heard_by], timeout=1)
+        while not self._task.done():  # before Python 3.13 a TaskGroup may swallow a cancel
+            self._task.cancel()
+            await asyncio.wait([self._task], timeout=_RETRY_SECONDS)
+        self._up.set(0)
+        await self._redis.aclose()
+
+    def publish(self, to: str, message: bytes, asker: Client | None = None) -> None:
+        node = self._find_node(to)
+        if node is None:
+            super().publish(to, message, asker)
+        elif node == "all":
+            self._add(node, b"all - " + message)
+        else:
+            words = f"{to} {asker.id if asker is not None else '-'} "
+            batch = self._add(node, words.encode() + message)
+            if asker is not None:
+                batch.askers.append(asker)
+
+    async def ask(self, to: str, request: list[Any]) -> tuple[list[Any], bool]:
+        node = self._find_node(to)
+        if node is None:
+            return [], False
+        number = next(self._numbers)
+        queue = self._answers[number] = asyncio.Queue()
+        answers: list[Any] = []
+        try:
+            async with asyncio.timeout(_ANSWER_SECONDS):
+                batch = self._add(node, f"ask {number} {json.dumps(request)}".encode())
+                nodes = await asyncio.shield(batch.heard_by)  # others may wait for it as well
+                if nodes is None:
+                    return [], True
+                if node == "all":
+                    nodes -= 1  # this one
+                while len(answers) < nodes:
+                    answers.append(await queue.get())
+            return answers, False
+        except TimeoutError:
+            return answers, True
+        finally:
+            del self._answers[number]
+
+    def _find_node(self, to: str) -> str | None:
+        """Return the other node that a client's id names, "all" for everybody, or None."""
+        named = _CLIENT_ID.fullmatch(to)
+        if named:
+            return named[1] if named[1] != _room.node else None
+        return "all" if to in _EVERYBODY else None
+
+    def _channel(self, node: str) -> str:
+        return f"{_settings.redis_prefix}:{node}"
+
+    def _add(self, node: str, line: bytes) -> _Batch:
+        """Publish a line, with the others of this turn, to one node or to "all"."""
+        is_lost = self._is_known.is_set() and not self._is_up
+        size = self._unpublished_bytes + len(line)
+        if is_lost or size > max(_settings.max_buffer_bytes, len(line)):
+            batch = _Batch(node, line)
+            batch.finish(None)
+            return batch
+        if self._waiting and self._waiting[-1].node == node:
+            self._waiting[-1].lines.append(line)
+        else:
+            self._waiting.append(_Batch(node, line))
+        self._unpublished_bytes = size
+        self._has_waiting.set()
+        return self._waiting[-1]
+
+    async def _run(self) -> None:
+        """Stay connected: after a loss, subscribe anew on new connections."""
+        while True:
+            try:
+                async with self._redis.pubsub() as pubsub, asyncio.TaskGroup() as tasks:
+                    await self._join(pubsub)
+                    tasks.create_task(self._listen(pubsub))
+                    tasks.create_task(self._publish_waiting())
+            except* Exception as errors:
+                self._lose(errors.exceptions[0])
+            await asyncio.sleep(_RETRY_SECONDS)
+
+    async def _join(self, pubsub: Any) -> None:
+        async with asyncio.timeout(_LOST_SECONDS):
+            info = await self._redis.info()
+            if info["role"] != "master" or info.get("cluster_enabled"):
+                raise ConnectionError("expected a primary, and none of a Redis Cluster")
+            own_channel = self._channel(_room.node)
+            await pubsub.subscribe(self._channel("all"), own_channel)
+            while not await self._redis.publish(own_channel, _room.node):
+                pass  # it is not subscribed yet
+        self._set_up(True)
+        _log.info("redis_joined", node=_room.node)
+
+    def _lose(self, error: Exception) -> None:
+        if self._is_up or not self._is_known.is_set():
+            _errors_total.labels("redis").inc()
+            _log.warning("redis_lost", error=f"{type(error).__name__}: {error}")
+        self._set_up(False)
+        for batch in (*self._under_way, *self._waiting):
+            batch.finish(None)
+        self._under_way, self._waiting, self._unpublished_bytes = [], [], 0
+
+    def _set_up(self, is_up: bool) -> None:
+        self._is_up = is_up
+        self._up.set(1 if is_up else 0)
+        self._is_known.set()
+
+    async def _publish_waiting(self) -> None:
+        """Publish what waits in one pipeline; what comes meanwhile waits for the next."""
+        while True:
+            await self._has_waiting.wait()
+            self._has_waiting.clear()
+            self._under_way, self._waiting = self._waiting, []
+            pipeline = self._redis.pipeline(transaction=False)
+            node = _room.node.encode()
+            for batch in self._under_way:
+                pipeline.publish(self._channel(batch.node), b"\n".join((node, *batch.lines)))
+            counts = await pipeline.execute()
+            for batch, nodes in zip(self._under_way, counts, strict=True):
+                self._unpublished_bytes -= sum(map(len, batch.lines))
+                batch.finish(nodes)
+            self._under_way = []
+
+    async def _listen(self, pubsub: Any) -> None:
+        """Take what the others publish, until nothing is heard for 3 s.
+
+        These are counted, not read from a clock: a process that was paused has not lost Redis,
+        but has a backlog. That ends with the answer to its PING.
+        """
+        silent_seconds = 0
+        while silent_seconds < _LOST_SECONDS:
+            message = await pubsub.get_message(timeout=1)
+            if message is None:
+                if silent_seconds == 0:
+                    await pubsub.ping()
+                    self._patience = _LOST_SECONDS
+                silent_seconds += 1
+                continue
+            silent_seconds = 0
+            if message["type"] == "message":
+                self._take(message["data"])
+                await self._wait_for_clients()
+            else:
+                self._patience = 0.0
+        raise TimeoutError(f"nothing heard for {_LOST_SECONDS} s")
+
+    async def _wait_for_clients(self) -> None:
+        """Let others run, and clients read a backlog, which comes faster than they take it."""
+        await asyncio.sleep(0)
+        while self._patience > 0 and clients:
+            unsent = sum(client.unsent() for client in clients.values())
+            if unsent / len(clients) <= _settings.max_buffer_bytes / 4:
+                return
+            self._patience -= 0.01
+            await asyncio.sleep(0.01)
+
+    def _take(self, data: bytes) -> None:
+        """Act on what a node has published."""
+        node, *lines = data.split(b"\n")
+        if node == _room.node.encode():
+            return
+        for line in lines or [b""]:
+            try:
+                self._act(node.decode(), *line.split(b" ", 2))
+            except Exception as error:  # it is not a line that a node publishes
+                _errors_total.labels("redis").inc()
+                _warn("redis_garbage", error=repr(error))
+
+    def _act(self, node: str, to: bytes, about: bytes, body: bytes) -> None:
+        """Act on one line; `about` is its second word."""
+        if to == b"ask":
+            answer = json.dumps(_perform(json.loads(body)))
+            self._add(node, b"answer %b %b" % (about, answer.encode()))
+        elif to == b"answer":
+            answer = json.loads(body)
+            if int(about) in self._answers:  # it may come too late
+                self._answers[int(about)].put_nowait(answer)
+        elif to != b"all" and not _CLIENT_ID.fullmatch(to.decode()):
+            raise ValueError(f"expected all, ask, answer or a client's id, got {to[:36]!r}")
+        elif not _room.publish(to.decode(), body) and about != b"-":
+            code, sentence = _UNKNOWN_RECIPIENT
+            _count_error(code, client_id=about.decode())
+            _publish(create_error_message(sentence, about.decode(), code))
+
+
+def _open_redis(url: str) -> Any:
+    """Return a client of Redis that repeats nothing and raises the first error.
+
+    The URL's faults stop the start without showing it, for its password.
+    """
+    try:
+        from redis.asyncio import Redis
+        from redis.asyncio.retry import Retry
+        from redis.backoff import NoBackoff
+    except ImportError:
+        text = "DATADIVR_REDIS_URL is set, but redis is not installed: pip install redis"
+        raise RuntimeError(text) from None
+    options: dict[str, Any] = {"protocol": 2, "encoding": "utf-8", "decode_responses": False}
+    options |= {"retry": Retry(NoBackoff(), 0), "socket_timeout": _LOST_SECONDS}
+    try:
+        redis = Redis.from_url(url, **options)
+        redis.connection_pool.make_connection()  # type: ignore[no-untyped-call]
+    except Exception:  # redis-py raises much for an option that it does not know
+        redis = None
+    # redis-py would take options in the URL instead of these.
+    if redis is None or options.keys() & parse_qs(urlsplit(url).query).keys():
+        text = f"expected a URL that redis-py can read, without {', '.join(options)}"
+        raise ValueError(f"DATADIVR_REDIS_URL: {text}")
+    return redis
+
+
+if _settings.redis_url:
+    _peers = _Cluster(_settings.redis_url)
+
+# ---- Running it ----------------------------------------------------------------------------------
 
 
 def main() -> None:
     """Run the server: `python datadivr.py [--host HOST] [--port PORT]`."""
     import uvicorn
 
-    parser = argparse.ArgumentParser(
-        description="A WebSocket message server with an HTTP admin API."
-    )
+    parser = argparse.ArgumentParser(description="A WebSocket message server with an admin API.")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8765)
-    uvicorn.run(
-        app,
-        ws_max_size=settings.max_message_bytes,
-        timeout_graceful_shutdown=5,
-        **vars(parser.parse_args()),
-    )
+    options = vars(parser.parse_args())
+    limit = _settings.max_message_bytes
+    uvicorn.run(app, ws_max_size=limit, timeout_graceful_shutdown=5, **options)
 
 
-CONSOLE = r"""<!doctype html><html lang="en"><meta charset="utf-8"><title>datadivr console</title>
+# ---- The console's page --------------------------------------------------------------------------
+
+_CONSOLE = r"""<!doctype html><html lang="en"><meta charset="utf-8"><title>datadivr console</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,"><style>
 :root { color-scheme: light dark; font: 15px/1.45 system-ui, sans-serif; color: var(--text); background: var(--page);
   --page: light-dark(#f2f5f6, #0c1316); --card: light-dark(#fff, #141d21); --line: light-dark(#d8e1e4, #2a393f);
@@ -2144,7 +1950,7 @@ ui.out.onclick = () => leave(""); document.onvisibilitychange = run;
 ui.previous.onclick = () => turn(page - 1); ui.next.onclick = () => turn(page + 1);
 if (token) { classList.add("signed"); run(); } else leave("");
 </script>
-"""
+"""  # noqa: E501
 
 if __name__ == "__main__":
     main()
