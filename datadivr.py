@@ -28,8 +28,6 @@ adds it to the `_Turn`: all that is published in one turn of the event loop. Whe
 
 import argparse
 import asyncio
-import base64
-import hashlib
 import hmac
 import inspect
 import itertools
@@ -49,8 +47,10 @@ from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 from enum import Enum
 from functools import cache
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, get_args
+from typing import Annotated, Any, Generic, Literal, NamedTuple, get_args
 from urllib.parse import parse_qs, urlsplit
 
 import structlog
@@ -60,9 +60,10 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import choose_encoder
-from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+from prometheus_client.multiprocess import MultiProcessCollector
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, TypeAdapter, ValidationError
-from starlette.requests import ClientDisconnect
+from pydantic_core import Url
+from starlette.requests import ClientDisconnect, HTTPConnection
 from starlette.responses import HTMLResponse, PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from typing_extensions import TypeVar
@@ -84,33 +85,28 @@ _DEFAULT_PORTS = {"http": 80, "https": 443, "ws": 80, "wss": 443}
 
 
 def _normalise_origin(text: str) -> str:
-    """Return an origin in the one form that can be compared (RFC 6454, 4).
-
-    The host is in lower case and in ASCII ("xn--..."), a scheme's default port is left out.
-    """
+    """Return an origin as browsers write it: lower case, ASCII, and without a default port."""
+    text = text.strip().lower()
     if text in ("*", "null", "file://"):
         return text
-    parts = urlsplit(text)
-    if not parts.hostname or parts.path or set("@?#*") & set(text):
+    if not re.fullmatch(r"[a-z0-9+.-]+://[^/\\@?#*\s]+", text):
         raise ValueError("expected scheme://host or scheme://host:port")
-    host = parts.hostname.encode("idna").decode()
-    host = f"[{host}]" if ":" in host else host
-    has_port = parts.port not in (None, _DEFAULT_PORTS.get(parts.scheme))
-    return f"{parts.scheme}://{host}:{parts.port}" if has_port else f"{parts.scheme}://{host}"
+    return str(Url(text)).removesuffix("/")
 
 
 _Origin = Annotated[str, AfterValidator(_normalise_origin)]
+_Origins = Annotated[tuple[_Origin, ...], BeforeValidator(lambda text: text.split(","))]
 _Positive = Annotated[int, Field(gt=0)]
 _Limit = Annotated[int, Field(ge=0)]  # 0 is no limit
 _Level = Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
 
 
-class Settings(BaseModel):
+class Settings(BaseModel, alias_generator=lambda name: f"DATADIVR_{name.upper()}"):
     """One process's secrets and limits, each from ``DATADIVR_`` and its name in capitals."""
 
     admin_token: _Token | None = None  # of the admin API; a random one is made up and logged
     client_token: _Token | None = None  # that clients must bring
-    allowed_origins: tuple[_Origin, ...] = ()  # of pages from elsewhere, by commas; "*" is any
+    allowed_origins: _Origins = ()  # of pages from elsewhere, by commas; "*" is any
     max_message_bytes: _Positive = 1024 * 1024  # from a client, in UTF-8
     max_messages_per_second: _Limit = 0  # from one client; the others are dropped
     max_clients: _Limit = 0  # connected at once
@@ -124,49 +120,37 @@ class Settings(BaseModel):
 
 
 def _read_settings(environ: Mapping[str, str]) -> Settings:
-    """Read the settings from `DATADIVR_*` variables; one that is empty counts as not set.
-
-    Raises:
-        ValueError: names each wrong variable, what was expected, and what came if it is no secret.
-    """
-    variables = {name: environ.get(f"DATADIVR_{name.upper()}") for name in Settings.model_fields}
-    values: dict[str, Any] = {name: text for name, text in variables.items() if text}
-    if "allowed_origins" in values:
-        values["allowed_origins"] = [text.strip() for text in values["allowed_origins"].split(",")]
+    """Read the settings from variables; ValueError names each that is wrong, but no secret."""
+    variables = {name: text for name, text in environ.items() if text}  # empty is not set
     try:
-        return Settings.model_validate(values)
+        return Settings.model_validate(variables)
     except ValidationError as error:
         faults = []
         for detail in error.errors():
             name = str(detail["loc"][0])
-            is_secret = name.endswith(("token", "redis_url"))
+            is_secret = name.endswith(("TOKEN", "REDIS_URL"))
             came = "" if is_secret else f" (it is {variables[name]!r})"
-            faults.append(f"DATADIVR_{name.upper()}: {detail['msg']}{came}")
+            faults.append(f"{name}: {detail['msg']}{came}")
         raise ValueError("; ".join(faults)) from None
 
 
-def _configure_logging() -> None:
-    """Configure structlog, where the host project has not done so."""
-    if structlog.is_configured():
-        return
+_settings = _read_settings(os.environ)
+if not structlog.is_configured():  # as the host project may have done
     # The default formatter of tracebacks shows local variables, and so payloads.
-    plain, tty = structlog.dev.plain_traceback, sys.stdout.isatty()
-    renderers: list[Any] = [structlog.dev.ConsoleRenderer(colors=tty, exception_formatter=plain)]
+    _plain, _is_tty = structlog.dev.plain_traceback, sys.stdout.isatty()
+    _renderer: Any = structlog.dev.ConsoleRenderer(colors=_is_tty, exception_formatter=_plain)
     if _settings.log_format == "json":
-        renderers = [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+        _renderer = structlog.processors.JSONRenderer()
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
-            *renderers,
+            structlog.processors.format_exc_info,
+            _renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, _settings.log_level)),
     )
-
-
-_settings = _read_settings(os.environ)
-_configure_logging()
 _log = structlog.get_logger("datadivr")
 _warned_at: dict[tuple[str, object], float] = {}
 
@@ -197,10 +181,9 @@ _PayloadT = TypeVar("_PayloadT", default=Any)
 
 
 class InvalidMessageFormat(ValueError):  # noqa: N818  # a promised name
-    """Raised for what is not a message, or not one that its handler takes.
+    """Says which fields of a message are wrong, and what was expected.
 
-    It says which fields are wrong and what was expected. `code` is "invalid_message", or
-    "invalid_payload" where a handler's type refuses the payload.
+    `code` is "invalid_message", or "invalid_payload" where a handler's type refuses the payload.
     """
 
     def __init__(self, text: str, code: str = "invalid_message") -> None:
@@ -241,10 +224,21 @@ def parse_message(data: str | bytes) -> WebSocketMessage:
     Raises:
         InvalidMessageFormat: names the fields that are wrong, without what came in them.
     """
+    return _validate(_ClientMessage, data, "invalid_message")
+
+
+def _validate(kind: type[WebSocketMessage], data: str | bytes, code: str) -> WebSocketMessage:
+    """Make a message of a type, or say which fields are wrong, without the input."""
     try:
-        return _ClientMessage.model_validate_json(data)
+        return kind.model_validate_json(data)
     except ValidationError as error:
-        raise InvalidMessageFormat(_describe(error)) from None
+        faults = [f"{error.error_count()} fields are wrong"]
+        if error.error_count() <= 20:  # a list of a megabyte can have as many as it has items
+            faults.clear()
+            for detail in error.errors(include_input=False, include_url=False):
+                field = ".".join(map(str, detail["loc"])) or "message"
+                faults.append(f"{field}: {detail['msg']}")
+        raise InvalidMessageFormat("; ".join(faults), code) from None
 
 
 def create_message(
@@ -259,17 +253,6 @@ def create_error_message(error_msg: str, to: str, code: str = "error") -> WebSoc
     return create_message("error", {"code": code}, to, error_msg)
 
 
-def _describe(error: ValidationError) -> str:
-    """Say which fields are wrong and what was expected, without the input."""
-    if error.error_count() > 20:  # a list of a megabyte can hold as many as it has items
-        return f"{error.error_count()} fields are wrong"
-    faults = []
-    for detail in error.errors(include_input=False, include_url=False):
-        field = ".".join(map(str, detail["loc"])) or "message"
-        faults.append(f"{field}: {detail['msg']}")
-    return "; ".join(faults)
-
-
 # ---- Handlers ------------------------------------------------------------------------------------
 
 _Answer = WebSocketMessage | None
@@ -278,18 +261,15 @@ _HandlerT = TypeVar("_HandlerT", bound=_Handler)
 
 
 class HandlerType(Enum):
-    """Where a handler runs: the server runs those of SERVER and BOTH.
-
-    A client written in Python runs those of CLIENT and BOTH. None is in this file.
-    """
+    """Who runs a handler: this server (SERVER, BOTH), or a client in Python (CLIENT, BOTH)."""
 
     SERVER = "server"
     CLIENT = "client"
     BOTH = "both"
 
 
-# By the event's name: the handler, and what its parameter is annotated with.
-_Registry = dict[str, tuple[_Handler, type[WebSocketMessage] | None]]
+# By the event's name: the handler, whether it runs in the event loop, its parameter's type.
+_Registry = dict[str, tuple[_Handler, bool, type[WebSocketMessage] | None]]
 _handlers: dict[HandlerType, _Registry] = {kind: {} for kind in HandlerType}
 
 
@@ -298,11 +278,10 @@ def websocket_handler(
 ) -> Callable[[_HandlerT], _HandlerT]:
     """Register the decorated function for an event; the last registration of a name wins.
 
-    The function takes a `WebSocketMessage` and returns one, which goes to its `to`, or None. A
-    coroutine function runs in the event loop, which it must not block, a plain one in one of
-    AnyIO's 40 threads. One client's messages are handled one after the other, so a handler that
-    awaits long holds up its own client alone. `$connect` and `$disconnect` are the events of a
-    client that came and one that went.
+    It takes a `WebSocketMessage` and returns one, which goes to its `to`, or None. A coroutine
+    function runs in the event loop, which it must not block, a plain one in one of AnyIO's 40
+    threads. One that takes long holds up its own client alone, whose messages are handled one
+    after the other. `$connect` and `$disconnect` are the events of a client that came or went.
 
     Where its parameter is annotated `WebSocketMessage[type]`, it runs for payloads of that type
     alone, such as a pydantic model; for others, the sender gets an `invalid_payload` error.
@@ -312,7 +291,8 @@ def websocket_handler(
     """
 
     def register(handler: _HandlerT) -> _HandlerT:
-        registered = handler, _find_message_type(handler)
+        called = handler if inspect.isroutine(handler) else type(handler).__call__
+        registered = handler, inspect.iscoroutinefunction(called), _find_message_type(handler)
         for kind in HandlerType if handler_type is HandlerType.BOTH else (handler_type,):
             _handlers[kind][event_name] = registered
         return handler
@@ -324,12 +304,11 @@ def _find_message_type(handler: _Handler) -> type[WebSocketMessage] | None:
     """Return the `WebSocketMessage[type]` that a handler's parameter is annotated with, or None."""
     try:
         parameter = next(iter(inspect.signature(handler, eval_str=True).parameters.values()))
-    except Exception:
-        # It has none, or is written in C, or its annotations name what is not there. Only that is
-        # a fault, and only where it is the payload's type.
-        with suppress(ValueError):
-            if "WebSocketMessage[" in str(inspect.signature(handler)):
-                raise
+    except ValueError:  # it is written in C
+        return None
+    except Exception:  # it has none, or its annotation names what is not there
+        if "WebSocketMessage[" in str(inspect.signature(handler)):
+            raise
         return None
     found = set()
     for kind in (parameter.annotation, *get_args(parameter.annotation)):  # Annotated, or | None
@@ -340,7 +319,7 @@ def _find_message_type(handler: _Handler) -> type[WebSocketMessage] | None:
 
 def get_handlers(handler_type: HandlerType = HandlerType.SERVER) -> dict[str, _Handler]:
     """Return the handlers of one type, those of BOTH among them, by event name."""
-    return {name: handler for name, (handler, _) in _handlers[handler_type].items()}
+    return {name: handler for name, (handler, *_) in _handlers[handler_type].items()}
 
 
 async def handle_msg(message: WebSocketMessage) -> WebSocketMessage | None:
@@ -354,28 +333,16 @@ async def handle_msg(message: WebSocketMessage) -> WebSocketMessage | None:
     registered = _handlers[HandlerType.SERVER].get(message.event_name)
     if registered is None:
         return message
-    handler, message_type = registered
+    handler, runs_in_loop, message_type = registered
     if message_type is not None:
-        message = _convert(message, message_type)
+        message = _validate(message_type, _encode(message), "invalid_payload")
     with _handler_seconds.labels(message.event_name).time():
-        called = handler if inspect.isroutine(handler) else type(handler).__call__
-        if inspect.iscoroutinefunction(called):
-            answer = await handler(message)  # type: ignore[misc]  # it is what was just asked
-        else:
-            answer = await run_in_threadpool(handler, message)
-            answer = await answer if inspect.isawaitable(answer) else answer
+        answer = handler(message) if runs_in_loop else await run_in_threadpool(handler, message)
+        if inspect.isawaitable(answer):
+            answer = await answer
     if answer is not None and not isinstance(answer, WebSocketMessage):
-        came = type(answer).__name__
-        raise TypeError(f"a handler returns a WebSocketMessage or None, not {came}")
+        raise TypeError(f"expected a WebSocketMessage or None, got {type(answer).__name__}")
     return answer
-
-
-def _convert(message: WebSocketMessage, message_type: type[WebSocketMessage]) -> WebSocketMessage:
-    """Make a message of a type from one whose payload is anything."""
-    try:
-        return message_type.model_validate_json(_encode(message))
-    except ValidationError as error:
-        raise InvalidMessageFormat(_describe(error), "invalid_payload") from None
 
 
 @websocket_handler("whoami")
@@ -395,8 +362,9 @@ async def sum_handler(message: WebSocketMessage) -> WebSocketMessage:
     For another payload, and a sum that no float can hold, the answer is an error message.
     """
     try:
-        numbers = _convert(message, WebSocketMessage[_Numbers]).payload.numbers
-        return create_message("sum_handler_result", math.fsum(numbers), message.from_id)
+        typed = _validate(WebSocketMessage[_Numbers], _encode(message), "invalid_payload")
+        total = math.fsum(typed.payload.numbers)
+        return create_message("sum_handler_result", total, message.from_id)
     except InvalidMessageFormat as error:
         text = str(error)
     except OverflowError:
@@ -408,7 +376,6 @@ async def sum_handler(message: WebSocketMessage) -> WebSocketMessage:
 # ---- Metrics -------------------------------------------------------------------------------------
 
 _MetricT = TypeVar("_MetricT", Counter, Gauge, Histogram)
-_REASONS = ("client", "admin", "slow_client", "keepalive", "message_too_big", "server_stop")
 _MESSAGE_ERRORS = ("invalid_message", "invalid_payload", "unknown_recipient", "handler_error")
 _CLIENT_ERRORS = ("rate_limited", "message_too_big", "slow_client")
 _REFUSED_ERRORS = ("origin_refused", "unauthorized", "too_many_clients")
@@ -431,7 +398,7 @@ _errors_total = _declare(Counter, "errors_total", "Errors.", "type")
 _handler_seconds = _declare(Histogram, "handler_seconds", "Seconds in a handler.", "event_name")
 
 # A series that is there from the start, at 0, shows its first event as an increase.
-for _reason in _REASONS:
+for _reason in ("client", "admin", "slow_client", "keepalive", "message_too_big", "server_stop"):
     _disconnections_total.labels(_reason)
 for _type in _ERROR_TYPES:
     _errors_total.labels(_type)
@@ -440,22 +407,16 @@ for _event_name in _handlers[HandlerType.SERVER]:
 
 
 def _collect_metrics() -> CollectorRegistry:
-    """Return this process's metrics, or with `PROMETHEUS_MULTIPROC_DIR` those of all live workers.
-
-    Raises:
-        ValueError: `PROMETHEUS_MULTIPROC_DIR` is not a directory.
-    """
+    """Return this process's metrics, or, with `PROMETHEUS_MULTIPROC_DIR`, all live workers'."""
     folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
     if not folder:
         return REGISTRY
     for path in Path(folder).glob("gauge_live*_[0-9]*.db"):
-        pid = int(path.stem.rpartition("_")[2])
-        # Either it runs, as another user, or another worker was first to remove its file.
-        with suppress(PermissionError, FileNotFoundError):
+        with suppress(PermissionError):  # it runs, as another user
             try:
-                os.kill(pid, 0)
+                os.kill(int(path.stem.rpartition("_")[2]), 0)
             except ProcessLookupError:
-                mark_process_dead(pid, folder)  # type: ignore[no-untyped-call]
+                path.unlink(missing_ok=True)
     registry = CollectorRegistry()
     MultiProcessCollector(registry, folder)  # type: ignore[no-untyped-call]
     return registry
@@ -466,15 +427,12 @@ def _collect_metrics() -> CollectorRegistry:
 # The first byte of a frame: FIN and the opcode (RFC 6455, 5.2), and RSV1 where it is compressed
 # (RFC 7692, 6).
 _TEXT, _COMPRESSED_TEXT, _CLOSE = 0x81, 0xC1, 0x88
-_WINDOW_BITS = 12  # uvicorn agrees to no more
+_WINDOW_BITS = 12  # of clients that can share a compressed frame; uvicorn agrees to no more
 _Framing = Callable[[bytes], bytes]
 
 
 def _frame(payload: bytes, first: int = _TEXT) -> bytes:
-    """Frame a payload as a server does (RFC 6455, 5.2).
-
-    A server's frame has no mask, so it is the same bytes for every client.
-    """
+    """Frame a payload without a mask: the same bytes for every client (RFC 6455, 5.2)."""
     length = len(payload)
     if length < 126:
         return bytes((first, length)) + payload
@@ -484,10 +442,7 @@ def _frame(payload: bytes, first: int = _TEXT) -> bytes:
 
 
 def _frame_compressed(payload: bytes) -> bytes:
-    """Frame a payload, compressed without the context of those before it (RFC 7692, 7.2.1).
-
-    So it is the same bytes for every client that agreed to a window of 12 bits or more.
-    """
+    """Frame a payload, compressed without the context of those before it (RFC 7692, 7.2.1)."""
     if len(payload) >= _settings.compress_min_bytes:
         compressor = zlib.compressobj(1, wbits=-_WINDOW_BITS)
         compressed = compressor.compress(payload) + compressor.flush(zlib.Z_SYNC_FLUSH)
@@ -522,8 +477,6 @@ class _UvicornConnection:
     Nothing else in this file touches what is private to uvicorn and websockets. Where something
     of it is not there, to make one raises AttributeError.
     """
-
-    __slots__ = ("_protocol", "abort", "framing", "is_closing", "receive", "unsent", "write")
 
     def __init__(self, protocol: Any) -> None:
         self._protocol = protocol
@@ -568,10 +521,7 @@ class _UvicornConnection:
 
 
 class _AsgiConnection:
-    """What carries frames to a client of any other server: ASGI's `send`.
-
-    It costs a task a client, and a coroutine a message.
-    """
+    """What carries frames to a client of any other server: ASGI's `send`, in a task a client."""
 
     def __init__(self, websocket: WebSocket, protocol: Any) -> None:
         self.framing: _Framing = _frame
@@ -579,9 +529,10 @@ class _AsgiConnection:
         self._protocol = protocol
         self._unsent = 0
         self._queue: asyncio.Queue[bytes] = asyncio.Queue()
-        self._reader: asyncio.Future[Message] | None = None
+        self._reader: asyncio.Future[Message] = asyncio.Future()
         self._writer = asyncio.create_task(self._write_queue())
         self.is_closing: Callable[[], bool] = self._writer.done
+        self.finish: Callable[[], object] = self._writer.cancel
 
     async def receive(self) -> Message:
         """Return the next ASGI message, or a disconnect once this side has closed."""
@@ -608,19 +559,15 @@ class _AsgiConnection:
     def close_reason(self) -> str:
         return "client"
 
-    def finish(self) -> None:
-        self._writer.cancel()
-
     async def _write_queue(self) -> None:
         try:
             while True:
                 data = await self._queue.get()
                 for first, payload in _unframe(data):
                     if first == _CLOSE:
-                        if self._reader is not None:
-                            self._reader.cancel()  # or granian never sends the close frame
-                        code = int.from_bytes(payload[:2])
-                        return await self._websocket.close(code, payload[2:].decode())
+                        self._reader.cancel()  # or granian never sends the close frame
+                        code, reason = int.from_bytes(payload[:2]), payload[2:].decode()
+                        return await self._websocket.close(code, reason)
                     await self._websocket.send_text(payload.decode())
                 self._unsent -= len(data)
         except Exception as error:  # servers differ in what a send to a client that went raises
@@ -646,24 +593,14 @@ def _open_connection(websocket: WebSocket) -> _Connection:
 
 
 class Client:
-    """One connected client.
-
-    Attributes:
-        id: a UUID, the first 32 bits of which name the process that holds the client.
-        address: host and port of its end of the connection.
-        connected_at: when it connected, in UTC, as ISO 8601 with microseconds.
-        messages_received: how many messages it has sent.
-        messages_sent: how many were sent to it.
-
-    Its other attributes are not for users.
-    """
+    """One connected client, for users to read; from `connection` on, it is not for them."""
 
     def __init__(self, client_id: str, address: str, connection: _Connection) -> None:
-        self.id = client_id
-        self.address = address
+        self.id = client_id  # a UUID, whose first 32 bits name the process that holds the client
+        self.address = address  # host and port of its end of the connection
         self.connected_at = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
         self.messages_received = 0
-        self.messages_sent = 0
+        self.messages_sent = 0  # to it
         self.connection = connection
         self.framing = connection.framing
         self.second_began = -math.inf
@@ -703,7 +640,6 @@ _GATHER_CLIENTS = 16  # with fewer, a turn of the loop costs more than a second 
 _GATHER_TURNS = 8
 _GATHER_BYTES = 16384  # with more, clients would have nothing to do while they wait
 _SWEEP_SECONDS = 1.0
-_Frames = tuple[bytes, int]  # and how many messages these are
 
 
 class _Turn:
@@ -718,8 +654,8 @@ class _Turn:
         self.messages: list[bytes] = []
         self.edits: dict[Client, list[tuple[int, bytes | None]]] = {}
         self.size = 0  # bytes of all messages, those to one client among them
-        self._joined: dict[_Framing, _Frames] = {}
-        self._starts: dict[_Framing, list[int]] = {}  # of each message's frame in `_joined`
+        # By framing: the frames of all messages, how many these are, and where each starts.
+        self._joined: dict[_Framing, tuple[bytes, int, list[int]]] = {}
 
     def add(self, message: bytes, left_out: Client | None = None) -> None:
         """Add a message to everybody, but for the client that is left out."""
@@ -733,12 +669,12 @@ class _Turn:
         self.edits.setdefault(client, []).append((len(self.messages), message))
         self.size += len(message)
 
-    def frames_for(self, client: Client) -> _Frames:
-        """Return the frames that a client gets."""
-        joined, count = self._joined.get(client.framing) or self._join(client.framing)
+    def frames_for(self, client: Client) -> tuple[bytes, int]:
+        """Return the frames that a client gets, and how many messages these are."""
+        framing = client.framing
+        joined, count, starts = self._joined.get(framing) or self._join(framing)
         if client not in self.edits:
             return joined, count
-        starts = self._starts[client.framing]
         view = memoryview(joined)
         parts: list[bytes | memoryview] = []
         next_place = 0
@@ -749,15 +685,15 @@ class _Turn:
                 count -= 1
             else:
                 next_place = place
-                parts.append(client.framing(message))
+                parts.append(framing(message))
                 count += 1
         parts.append(view[starts[next_place] :])
         return b"".join(parts), count
 
-    def _join(self, framing: _Framing) -> _Frames:
+    def _join(self, framing: _Framing) -> tuple[bytes, int, list[int]]:
         frames = [framing(message) for message in self.messages]
-        self._starts[framing] = list(itertools.accumulate(map(len, frames), initial=0))
-        self._joined[framing] = b"".join(frames), len(frames)
+        starts = list(itertools.accumulate(map(len, frames), initial=0))
+        self._joined[framing] = b"".join(frames), len(frames), starts
         return self._joined[framing]
 
 
@@ -767,19 +703,14 @@ class _Room:
     It lives in one event loop. Nothing is locked: whatever calls it runs in that loop.
     """
 
-    loop: Any = None
-    node = ""  # this process's part of its clients' ids
-    arriving = 0  # clients that are being accepted
-
     def __init__(self) -> None:
+        self.loop: Any = None
+        self.node = ""  # this process's part of its clients' ids
+        self.arriving = 0  # clients that are being accepted
         self.turn = _Turn()
 
     def enter(self) -> None:
-        """Move into the running event loop, unless it is there already.
-
-        Raises:
-            RuntimeError: clients are connected in another one.
-        """
+        """Move into the running event loop: RuntimeError where clients are in another one."""
         loop = asyncio.get_running_loop()
         if loop is self.loop:
             return
@@ -813,14 +744,12 @@ class _Room:
         count = 1
         if to in clients:
             self.turn.add_for(clients[to], message)
-        elif to not in _EVERYBODY or not clients:
-            return 0
-        elif to == "others" and sender is not None and sender.id in clients:
-            self.turn.add(message, left_out=sender)
-            count = len(clients) - 1
+        elif to in _EVERYBODY and clients:
+            left_out = clients.get(sender.id) if to == "others" and sender is not None else None
+            self.turn.add(message, left_out)
+            count = len(clients) if left_out is None else len(clients) - 1
         else:
-            self.turn.add(message)
-            count = len(clients)
+            return 0
         if was_empty:
             self.loop.call_soon(self._tick, self.turn.size, _GATHER_TURNS)
         return count
@@ -844,7 +773,7 @@ class _Room:
         for client in tuple(recipients):
             connection = client.connection
             if connection.is_closing() or connection.unsent() > limit:
-                self._drop(client)
+                self._check(client)
                 continue
             frames, count = turn.frames_for(client)
             connection.write(frames)
@@ -854,33 +783,28 @@ class _Room:
         _sent_total.inc(sent)
         _bytes_sent_total.inc(sent_bytes)
 
-    def _sweep(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Drop those of whom uvicorn tells nobody.
+    def _check(self, client: Client) -> None:
+        """Drop a client whose connection has ended, or who does not keep up."""
+        unsent = client.unsent()
+        if client.connection.is_closing():
+            self.leave(client, client.connection.close_reason())
+        elif unsent > _settings.max_buffer_bytes:
+            self.leave(client, "slow_client", 1013, "Too slow: reconnect")
+            _warn("slow_client_dropped", client_id=client.id, buffered_bytes=unsent)
 
-        A connection that has ended while bytes were unsent stays open until these have gone, and
-        the answers to pings are unsent bytes too.
-        """
+    def _sweep(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Check all clients, each second, for what uvicorn tells nobody."""
+        # A connection that has ended stays open until what is unsent to it is gone; and answers
+        # to pings are unsent bytes too.
         if loop is self.loop:
             loop.call_later(_SWEEP_SECONDS, self._sweep, loop)
             for client in tuple(clients.values()):
-                connection = client.connection
-                if connection.is_closing() or connection.unsent() > _settings.max_buffer_bytes:
-                    self._drop(client)
-
-    def _drop(self, client: Client) -> None:
-        """Forget a client whose connection has ended, or who does not keep up."""
-        if client.connection.is_closing():
-            self.leave(client, client.connection.close_reason())
-            return
-        unsent = client.unsent()
-        self.leave(client, "slow_client", 1013, "Too slow: reconnect")
-        _warn("slow_client_dropped", client_id=client.id, buffered_bytes=unsent)
+                self._check(client)
 
     def leave(self, client: Client, reason: str, code: int = 0, text: str = "") -> None:
         """Forget a client: the one way out.
 
-        With a code, it is this side that closes the connection, behind what was published so far
-        and without waiting for the client to read that.
+        With a code, this side closes the connection, behind what was published so far.
         """
         if code:
             self.flush()
@@ -929,10 +853,7 @@ _peers = _Peers()
 def _publish(
     message: WebSocketMessage, sender: Client | None = None, asker: Client | None = None
 ) -> int:
-    """Send a message to its `to`, and return how many clients of this process it addresses.
-
-    "others" leaves the sender out. Who asked is told where `to` is an id that nobody has.
-    """
+    """Send a message to its `to`; who asked is told where that is an id that nobody has."""
     data = _encode(message)
     count = _room.publish(message.to, data, sender)
     if message.to in _EVERYBODY or not count:
@@ -943,15 +864,11 @@ def _publish(
 async def broadcast(message: WebSocketMessage, sender: WebSocket | None = None) -> int:
     """Send a message from anywhere in the application to its `to`.
 
-    It waits for no client; one that does not keep up is dropped (`DATADIVR_MAX_BUFFER_BYTES`). A
-    plain function in a thread calls it with `anyio.from_thread.run(broadcast, message)`.
+    "others" are all but `sender`, a client's WebSocket. No client is waited for; one that does not
+    keep up is dropped (`DATADIVR_MAX_BUFFER_BYTES`). A plain function in a thread calls it with
+    `anyio.from_thread.run(broadcast, message)`.
 
-    Args:
-        message: what to send; its `from_id` is "server" unless set.
-        sender: the WebSocket that "others" leaves out; without it, "others" are all.
-
-    Returns:
-        How many clients of this process it addressed; 0 for an id that is not connected to it.
+    Returns how many clients of this process it addressed; 0 for an id that is not connected to it.
 
     Raises:
         PydanticSerializationError: the payload holds something that JSON cannot.
@@ -981,19 +898,18 @@ def _is_same_token(token: str, expected: str) -> bool:
 
 def _is_allowed_origin(text: str, host: str) -> bool:
     """Tell whether a page's origin is listed, or of the host that its request is for."""
-    if "*" in _settings.allowed_origins:
-        return True
+    allowed = _settings.allowed_origins
     try:
         origin = _normalise_origin(text)
-        scheme = origin.partition("://")[0]
-        if scheme in _DEFAULT_PORTS and origin == _normalise_origin(f"{scheme}://{host}"):
+        if "*" in allowed or origin in allowed:
             return True
+        scheme = origin.partition("://")[0]
+        return scheme in _DEFAULT_PORTS and origin == _normalise_origin(f"{scheme}://{host}")
     except ValueError:
-        return False
-    return origin in _settings.allowed_origins
+        return "*" in allowed
 
 
-def _find_refusal(websocket: WebSocket) -> HTTPException | None:
+def _find_refusal(websocket: HTTPConnection) -> HTTPException | None:
     """Return how a client is refused; None for one that may come in."""
     origin = websocket.headers.get("origin")
     if origin is not None and not _is_allowed_origin(origin, websocket.headers.get("host", "")):
@@ -1032,11 +948,7 @@ async def authorize_client(websocket: WebSocket) -> None:
 
 
 async def websocket_endpoint(websocket: WebSocket) -> None:
-    """Authorize a client and serve it until it goes.
-
-    Raises:
-        HTTPException: 401 or 403 (see `authorize_client`), or 503 (see `handle_connection`).
-    """
+    """Do `authorize_client`, then `handle_connection`; each may raise an HTTPException."""
     await authorize_client(websocket)
     await handle_connection(websocket)
 
@@ -1044,10 +956,8 @@ async def websocket_endpoint(websocket: WebSocket) -> None:
 async def handle_connection(websocket: WebSocket, subprotocol: str | None = None) -> None:
     """Accept a client without asking who it is, and serve it until it goes.
 
-    Args:
-        websocket: Starlette's, not yet accepted.
-        subprotocol: the one that is chosen of those that the client offered (RFC 6455, 1.9); by
-            default "bearer", where that was offered first.
+    Without `subprotocol`, one of those that the client offered (RFC 6455, 1.9), it is "bearer"
+    where that was offered first.
 
     Raises:
         HTTPException: 503, `DATADIVR_MAX_CLIENTS` are connected.
@@ -1056,17 +966,6 @@ async def handle_connection(websocket: WebSocket, subprotocol: str | None = None
     _room.enter()
     if _room.is_full():
         raise _counted(HTTPException(503, f"{_settings.max_clients} clients are connected."))
-    client = await _accept(websocket, subprotocol)
-    try:
-        await _announce(client, "$connect")
-        await _read_messages(client)
-    finally:
-        _room.leave(client, client.connection.close_reason())
-        client.connection.finish()
-        await _announce(client, "$disconnect")
-
-
-async def _accept(websocket: WebSocket, subprotocol: str | None) -> Client:
     if subprotocol is None and websocket.scope.get("subprotocols", [])[:1] == ["bearer"]:
         subprotocol = "bearer"
     _room.arriving += 1  # or more than DATADIVR_MAX_CLIENTS could come in at once
@@ -1074,13 +973,19 @@ async def _accept(websocket: WebSocket, subprotocol: str | None) -> Client:
         await websocket.accept(subprotocol)
     finally:
         _room.arriving -= 1
-    address = f"{websocket.client.host}:{websocket.client.port}" if websocket.client else ""
     random = str(uuid.uuid4())  # the rest of a UUID of version 8 (RFC 9562, 5.8)
     client_id = f"{_room.node}{random[8:14]}8{random[15:]}"
+    address = f"{websocket.client.host}:{websocket.client.port}" if websocket.client else ""
     client = Client(client_id, address, _open_connection(websocket))
-    websocket.scope["datadivr.client_id"] = client.id
+    websocket.scope["datadivr.client_id"] = client_id
     _room.join(client)
-    return client
+    try:
+        await _announce(client, "$connect")
+        await _read_messages(client)
+    finally:
+        _room.leave(client, client.connection.close_reason())
+        client.connection.finish()
+        await _announce(client, "$disconnect")
 
 
 async def _announce(client: Client, event_name: str) -> None:
@@ -1092,37 +997,31 @@ async def _announce(client: Client, event_name: str) -> None:
 async def _read_messages(client: Client) -> None:
     """Handle a client's messages, one after the other, until it goes."""
     allowance = _YIELD_BYTES
+    limit = _settings.max_message_bytes
     while (event := await client.connection.receive())["type"] == "websocket.receive":
-        data = event.get("text")
-        if data is None:  # hypercorn sends both keys
-            data = event["bytes"]
-        # What comes after this side's close frame is ignored, until the client's own comes.
-        if client.id in clients:
-            await _take(client, data)
+        data = event.get("text") or event.get("bytes") or ""  # hypercorn sends both keys
         allowance -= max(len(data), _YIELD_BYTES // _YIELD_MESSAGES)
         if allowance <= 0:  # a queue that is not empty lets nobody else run
             allowance = _YIELD_BYTES
             await asyncio.sleep(0)
-
-
-async def _take(client: Client, data: str | bytes) -> None:
-    """Make a message of what a client sent, and handle it."""
-    client.messages_received += 1
-    _received_total.inc()
-    limit = _settings.max_message_bytes
-    # A character is up to 4 bytes of UTF-8.
-    if len(data) * 4 > limit and len(data.encode() if isinstance(data, str) else data) > limit:
-        _room.leave(client, "message_too_big", 1009, f"The limit is {limit} bytes")
-        return
-    if _settings.max_messages_per_second and client.exceeds_rate():
-        return
-    try:
-        message = parse_message(data)
-    except InvalidMessageFormat as error:
-        client.report(error.code, str(error))
-        return
-    message.from_id = client.id
-    await _handle(client, message)
+        # What comes after this side's close frame is ignored, until the client's own comes.
+        if client.id not in clients:
+            continue
+        client.messages_received += 1
+        _received_total.inc()
+        # A character is up to 4 bytes of UTF-8.
+        if len(data) * 4 > limit and len(data.encode() if isinstance(data, str) else data) > limit:
+            _room.leave(client, "message_too_big", 1009, f"The limit is {limit} bytes")
+            continue
+        if _settings.max_messages_per_second and client.exceeds_rate():
+            continue
+        try:
+            message = parse_message(data)
+        except InvalidMessageFormat as error:
+            client.report(error.code, str(error))
+            continue
+        message.from_id = client.id
+        await _handle(client, message)
 
 
 async def _handle(client: Client, message: WebSocketMessage) -> None:
@@ -1203,11 +1102,6 @@ async def _authorize_admin(credentials: _Credentials) -> None:
         raise HTTPException(401, "The admin token is needed.", _ASK_FOR_TOKEN)
 
 
-async def _authorize_scrape(credentials: _Credentials) -> None:
-    if _settings.protect_metrics:
-        await _authorize_admin(credentials)
-
-
 @asynccontextmanager
 async def _lifespan(_: FastAPI) -> AsyncIterator[None]:
     """Log the admin token if it was made up, and find out whether Redis is there."""
@@ -1224,59 +1118,45 @@ def _perform(request: list[Any]) -> Any:
     Returns what JSON can hold; None where it is about a client that is not here.
     """
     match request:
-        case ["list", limit, after]:
+        case ["list", _, limit, after]:
             found = {client.connected_at + client.id: client for client in clients.values()}
             keys = sorted(key for key in found if key > after)[: limit + 1]
             return len(clients), {key: _describe_client(found[key]) for key in keys}
-        case ["get", client_id] if client := clients.get(client_id):
-            return _describe_client(client)
-        case ["disconnect", client_id] if client := clients.get(client_id):
-            _room.leave(client, "admin", 1008, "Disconnected by an administrator")
-            return True
         case ["publish", to, text] if to in clients or to in _EVERYBODY:
             return _room.publish(to, text.encode())
+        case ["get", to] if to in clients:
+            return _describe_client(clients[to])
+        case ["disconnect", to] if to in clients:
+            _room.leave(clients[to], "admin", 1008, "Disconnected by an administrator")
+            return True
     return None
 
 
-def _describe_client(client: Client) -> dict[str, Any]:
-    return {
-        "id": client.id,
-        "node": client.id[:8],
-        "address": client.address,
-        "connected_at": client.connected_at,
-        "messages_received": client.messages_received,
-        "messages_sent": client.messages_sent,
-        "buffered_bytes": client.unsent(),
-    }
+def _describe_client(client: Client) -> Any:
+    described = vars(client) | {"node": client.id[:8], "buffered_bytes": client.unsent()}
+    return {name: described[name] for name in ClientInfo.model_fields}
 
 
-async def _ask(to: str, request: list[Any]) -> tuple[list[Any], bool]:
-    """Have all processes, or the one that holds a client, perform a request.
-
-    Returns the answers, this process's first, and whether one is missing.
-    """
+async def _ask(verb: str, to: str, *arguments: Any) -> tuple[list[Any], bool]:
+    """Have all, or who holds a client, perform a request; tell if an answer is missing."""
     _room.enter()
-    own = _perform(request)
-    if own is not None and to not in _EVERYBODY:
-        return [own], False
-    answers, partial = await _peers.ask(to, request)
-    return [own, *answers], partial
-
-
-async def _ask_owner(client_id: str, request: list[Any]) -> Any:
-    answers, partial = await _ask(client_id, request)
-    for answer in answers:
-        if answer is not None:
-            return answer
-    if partial:
+    request = [verb, to, *arguments]
+    own_answer = _perform(request)
+    others, partial = await _peers.ask(to, request)
+    answers = [answer for answer in (own_answer, *others) if answer is not None]
+    if not answers and partial:
         raise HTTPException(503, "The node that holds this client does not answer.")
-    raise HTTPException(404, "No client with this id is connected.")
+    if not answers:
+        raise HTTPException(404, "No client with this id is connected.")
+    return answers, partial
 
 
 # What the OpenAPI document says of answers that are raised, and of the body that is read by hand.
 _DETAIL: dict[str, Any] = {"model": dict[str, Any]}
 _EXAMPLE = {"event_name": "news", "message": "Hello, all."}
 _BODY = {"schema": Announcement.model_json_schema(), "example": _EXAMPLE}
+_FIND_REFUSALS: dict[int | str, Any] = {404: _DETAIL, 503: _DETAIL}
+_OPENMETRICS = {"application/openmetrics-text": {"schema": {"type": "string"}}}
 _After = Annotated[str, Query(pattern=r"^([0-9T:.-]{26}Z[0-9a-f-]{36})?$")]
 
 router = APIRouter(lifespan=_lifespan)
@@ -1288,7 +1168,7 @@ async def _list_clients(
     limit: Annotated[int, Query(ge=1, le=1000)] = 100, after: _After = ""
 ) -> Any:
     """List the connected clients, oldest first; `after` is the `next` of a page."""
-    answers, partial = await _ask("all", ["list", limit, after])
+    answers, partial = await _ask("list", "all", limit, after)
     found: dict[str, Any] = {}
     for _, page in answers:
         found |= page
@@ -1301,18 +1181,17 @@ async def _list_clients(
     }
 
 
-@_admin.get(
-    "/clients/{client_id}", response_model=ClientInfo, responses={404: _DETAIL, 503: _DETAIL}
-)
+@_admin.get("/clients/{client_id}", response_model=ClientInfo, responses=_FIND_REFUSALS)
 async def _get_client(client_id: str) -> Any:
     """Describe one connected client."""
-    return await _ask_owner(client_id, ["get", client_id])
+    answers, _ = await _ask("get", client_id)
+    return answers[0]
 
 
-@_admin.delete("/clients/{client_id}", status_code=204, responses={404: _DETAIL, 503: _DETAIL})
+@_admin.delete("/clients/{client_id}", status_code=204, responses=_FIND_REFUSALS)
 async def _disconnect_client(client_id: str) -> None:
     """Disconnect a client, after what was already sent to it, with code 1008."""
-    await _ask_owner(client_id, ["disconnect", client_id])
+    await _ask("disconnect", client_id)
 
 
 @_admin.post(
@@ -1324,46 +1203,35 @@ async def _disconnect_client(client_id: str) -> None:
 )
 async def _post_message(request: Request) -> Any:
     """Send a message to all clients, or to one."""
+    body = bytearray()
     try:
-        announcement = Announcement.model_validate_json(await _read_body(request))
+        # FastAPI would read all of it, and before it asks for the token.
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > _settings.max_message_bytes:
+                raise HTTPException(413, f"The limit is {_settings.max_message_bytes} bytes.")
+        announcement = Announcement.model_validate_json(body)
+    except ClientDisconnect:
+        raise HTTPException(400, "The body ended early.") from None
     except ValidationError as error:
         details = error.errors(include_url=False, include_input=False, include_context=False)
         faults = [{**detail, "loc": ("body", *detail["loc"])} for detail in details]
         raise RequestValidationError(faults) from None
     text = _encode(WebSocketMessage(**dict(announcement))).decode()
-    request_to_publish = ["publish", announcement.to, text]
-    if announcement.to in _EVERYBODY:
-        counts, partial = await _ask("all", request_to_publish)
-    else:
-        counts, partial = [await _ask_owner(announcement.to, request_to_publish)], False
+    counts, partial = await _ask("publish", announcement.to, text)
     return {"recipients": sum(counts), "partial": partial}
-
-
-async def _read_body(request: Request) -> bytes:
-    """Read a body up to the limit; FastAPI would read all of it before it asks for the token."""
-    body = bytearray()
-    try:
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > _settings.max_message_bytes:
-                raise HTTPException(413, f"The limit is {_settings.max_message_bytes} bytes.")
-    except ClientDisconnect:
-        raise HTTPException(400, "The body ended early.") from None
-    return bytes(body)
 
 
 @router.get(
     "/metrics",
-    dependencies=[Depends(_authorize_scrape)],
-    responses={
-        200: {"content": {"application/openmetrics-text": {"schema": {"type": "string"}}}},
-        401: {"content": {"application/json": {}}},
-    },
     response_class=PlainTextResponse,
+    responses={200: {"content": _OPENMETRICS}, 401: {"content": {"application/json": {}}}},
     openapi_extra={"security": [{}]},  # DATADIVR_PROTECT_METRICS decides whether it needs a token
 )
-async def _get_metrics(request: Request) -> Response:
+async def _get_metrics(request: Request, credentials: _Credentials) -> Response:
     """Report the metrics in Prometheus' text format, or in OpenMetrics where that is asked for."""
+    if _settings.protect_metrics:
+        await _authorize_admin(credentials)
     generate, content_type = choose_encoder(request.headers.get("accept", ""))
     # The files of many workers take their time.
     text = await asyncio.to_thread(lambda: generate(_collect_metrics()))
@@ -1384,24 +1252,21 @@ async def _serve_client(websocket: WebSocket) -> None:
 router.include_router(_admin)
 
 
-def _hash_source(tag: str) -> str:
-    """Return how a Content-Security-Policy names the one inline element of the console's page."""
-    text = _CONSOLE.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-
-
 @router.get("/console", include_in_schema=False)
 @router.get("/console/", include_in_schema=False)
 async def _get_console() -> HTMLResponse:
     """Serve the console: a page without data, which uses nothing but this API and its token."""
+    nonce = secrets.token_urlsafe()  # of the page's own script and style; no other runs
+    page = _CONSOLE
+    for tag in ("script", "style"):
+        page = page.replace(f"<{tag}>", f'<{tag} nonce="{nonce}">', 1)
     policy = (
-        f"default-src 'none'; script-src {_hash_source('script')}; "
-        f"style-src {_hash_source('style')}; img-src data:; connect-src 'self'; base-uri 'none'; "
-        "form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; "
-        "trusted-types 'none'"
+        f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; "
+        "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+        "frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
     )
     headers = {"Content-Security-Policy": policy, "Cache-Control": "no-cache"}
-    return HTMLResponse(_CONSOLE, headers=headers)
+    return HTMLResponse(page, headers=headers)
 
 
 # ---- The application -----------------------------------------------------------------------------
@@ -1410,35 +1275,32 @@ async def _get_console() -> HTMLResponse:
 class App(FastAPI):
     """A FastAPI application that serves clients of `/ws` without FastAPI's own stack.
 
-    That saves a third of an idle client's memory, and of the time that it takes to arrive. It is
-    done innermost, so whatever wraps the stack sees these clients too. All go through the stack
-    where there is middleware, an override, or a route before `/ws`, and so do those to refuse.
-    FastAPI's own telemetry does not see the others.
+    That saves a third of an idle client's memory, and of the time that it takes to arrive; its
+    telemetry does not see these clients. It is done innermost: whatever wraps the stack does. All
+    go through the stack where there is middleware, an override, or a route before `/ws`, and so
+    do those to refuse.
     """
 
     def build_middleware_stack(self) -> ASGIApp:
         stack = super().build_middleware_stack()
 
         async def serve(scope: Scope, receive: Receive, send: Send) -> None:
-            if scope["type"] != "websocket":
-                return await stack(scope, receive, send)
-            websocket = WebSocket(scope, receive, send)
-            if self._needs_no_stack(websocket):
-                return await handle_connection(websocket)
-            await stack(scope, receive, send)
-            return _UvicornConnection.finish_refusal(receive)
+            if scope["type"] == "websocket" and self._needs_no_stack(scope):
+                await handle_connection(WebSocket(scope, receive, send))
+            else:
+                await stack(scope, receive, send)
+                _UvicornConnection.finish_refusal(receive)
 
         return serve
 
-    def _needs_no_stack(self, websocket: WebSocket) -> bool:
-        path = websocket.scope["path"].removeprefix(websocket.scope.get("root_path", ""))
-        if path != "/ws" or self.user_middleware or self.dependency_overrides:
+    def _needs_no_stack(self, scope: Scope) -> bool:
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        routes = self.router.routes[: len(_APP_ROUTES)], router.routes[: len(_ROUTER_ROUTES)]
+        if path != "/ws" or routes != (_APP_ROUTES, _ROUTER_ROUTES):
             return False
-        if self.router.routes[: len(_APP_ROUTES)] != _APP_ROUTES:
+        if self.user_middleware or self.dependency_overrides or _room.is_full():
             return False
-        if router.routes[: len(_ROUTER_ROUTES)] != _ROUTER_ROUTES:
-            return False
-        return not _room.is_full() and _find_refusal(websocket) is None
+        return _find_refusal(HTTPConnection(scope)) is None
 
 
 app = App(title="datadivr", version=__version__)
@@ -1452,13 +1314,10 @@ _ROUTER_ROUTES = list(router.routes)
 if __name__ in sys.modules:
     _name = __spec__.name if __spec__ else Path(__file__).stem
     _module = sys.modules[_name] = sys.modules[__name__]
-    for _path in ("transport", "handlers", "exceptions"):
+    _server = ("transport", "transport.messages", "transport.models", "transport.server")
+    for _path in (*_server, "handlers", "handlers.registry", "exceptions"):
         sys.modules[f"{_name}.{_path}"] = _module
-        setattr(_module, _path, _module)
-    for _path in ("messages", "models", "server"):
-        sys.modules[f"{_name}.transport.{_path}"] = _module
-        setattr(_module, _path, _module)
-    sys.modules[f"{_name}.handlers.registry"] = registry = _module
+        setattr(_module, _path.rpartition(".")[2], _module)
 
 # ---- Cluster -------------------------------------------------------------------------------------
 
@@ -1468,22 +1327,20 @@ _RETRY_SECONDS = 0.1
 _CLIENT_ID = re.compile(r"([0-9a-f]{8})-[0-9a-f]{4}-8[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
 
 
-class _Batch:
-    """Lines that one PUBLISH takes to one node, or to all."""
+class _Line(NamedTuple):
+    """What one node, or "all", is to hear; without text, it is only to be waited for."""
 
-    def __init__(self, node: str, line: bytes) -> None:
-        self.node = node
-        self.lines = [line]
-        self.askers: list[Client] = []  # who is told where nobody hears it
-        self.heard_by: asyncio.Future[int | None] = _room.loop.create_future()
+    node: str
+    text: bytes
+    asker: Client | None  # who is told where nobody hears it
+    heard_by: asyncio.Future[int | None]  # how many nodes; None where it is lost
 
     def finish(self, nodes: int | None) -> None:
-        """Say how many nodes heard it; None where it is lost."""
         self.heard_by.set_result(nodes)
-        if nodes is None:
-            _errors_total.labels("redis").inc(len(self.lines))
-        for asker in self.askers if nodes == 0 else ():
-            asker.report(*_UNKNOWN_RECIPIENT)
+        if nodes is None and self.text:
+            _errors_total.labels("redis").inc()
+        if nodes == 0 and self.asker is not None:
+            self.asker.report(*_UNKNOWN_RECIPIENT)
 
 
 class _Cluster(_Peers):
@@ -1499,28 +1356,39 @@ class _Cluster(_Peers):
     """
 
     def __init__(self, url: str) -> None:
-        self._redis = _open_redis(url)
-        text = "Whether Redis answers."
-        self._up = _declare(Gauge, "redis_up", text, multiprocess_mode="livemin")
+        try:
+            from redis.asyncio import Redis
+            from redis.asyncio.retry import Retry
+            from redis.backoff import NoBackoff
+
+            # So configured, redis-py repeats nothing, and raises the first error.
+            options: dict[str, Any] = {"retry": Retry(NoBackoff(), 0), "decode_responses": False}
+            options |= {"protocol": 2, "encoding": "utf-8", "socket_timeout": _LOST_SECONDS}
+            if options.keys() & parse_qs(urlsplit(url).query).keys():
+                raise ValueError  # redis-py would take the URL's
+            self._redis: Any = Redis.from_url(url, **options)
+            self._redis.connection_pool.make_connection()  # type: ignore[no-untyped-call]
+        except ImportError:
+            text = "DATADIVR_REDIS_URL is set, but redis is not installed: pip install redis"
+            raise RuntimeError(text) from None
+        except Exception:  # redis-py raises much; what it says may show the URL, with its password
+            text = f"expected a URL that redis-py can read, without {', '.join(options)}"
+            raise ValueError(f"DATADIVR_REDIS_URL: {text}") from None
+        self._up = _declare(Gauge, "redis_up", "Whether Redis is up.", multiprocess_mode="livemin")
         self._answers: dict[int, asyncio.Queue[Any]] = {}  # by the number of what was asked
-        self._numbers = itertools.count()
 
     def start(self) -> None:
-        self._is_known = asyncio.Event()  # whether Redis is there
-        self._is_up = False
-        self._waiting: list[_Batch] = []
+        self._is_lost = False  # nor is it known at first whether Redis is there
+        self._waiting: list[_Line] = []  # until Redis has answered
+        self._waiting_bytes = 0
         self._has_waiting = asyncio.Event()
-        self._under_way: list[_Batch] = []
-        self._unpublished_bytes = 0
-        self._patience = 0.0  # seconds that clients may yet take to read a backlog
         self._task: asyncio.Task[None] = _room.loop.create_task(self._run())
 
     async def wait_until_known(self) -> None:
-        await self._is_known.wait()
+        await asyncio.wait([self._add(_room.node, b"").heard_by])
 
     async def stop(self) -> None:
-        for batch in (*self._under_way, *self._waiting)[-1:]:
-            await asyncio.wait([batch.heard_by], timeout=1)
+        await asyncio.wait([self._add(_room.node, b"").heard_by], timeout=1)
         while not self._task.done():  # before Python 3.13 a TaskGroup may swallow a cancel
             self._task.cancel()
             await asyncio.wait([self._task], timeout=_RETRY_SECONDS)
@@ -1535,26 +1403,23 @@ class _Cluster(_Peers):
             self._add(node, b"all - " + message)
         else:
             words = f"{to} {asker.id if asker is not None else '-'} "
-            batch = self._add(node, words.encode() + message)
-            if asker is not None:
-                batch.askers.append(asker)
+            self._add(node, words.encode() + message, asker)
 
     async def ask(self, to: str, request: list[Any]) -> tuple[list[Any], bool]:
         node = self._find_node(to)
         if node is None:
             return [], False
-        number = next(self._numbers)
+        number = secrets.randbits(32)
         queue = self._answers[number] = asyncio.Queue()
         answers: list[Any] = []
         try:
             async with asyncio.timeout(_ANSWER_SECONDS):
-                batch = self._add(node, f"ask {number} {json.dumps(request)}".encode())
-                nodes = await asyncio.shield(batch.heard_by)  # others may wait for it as well
+                line = self._add(node, f"ask {number} {json.dumps(request)}".encode())
+                nodes = await asyncio.shield(line.heard_by)  # it is set later all the same
                 if nodes is None:
                     return [], True
-                if node == "all":
-                    nodes -= 1  # this one
-                while len(answers) < nodes:
+                others = nodes - 1 if node == "all" else nodes
+                while len(answers) < others:
                     answers.append(await queue.get())
             return answers, False
         except TimeoutError:
@@ -1564,29 +1429,22 @@ class _Cluster(_Peers):
 
     def _find_node(self, to: str) -> str | None:
         """Return the other node that a client's id names, "all" for everybody, or None."""
+        if to in _EVERYBODY:
+            return "all"
         named = _CLIENT_ID.fullmatch(to)
-        if named:
-            return named[1] if named[1] != _room.node else None
-        return "all" if to in _EVERYBODY else None
+        return named[1] if named and named[1] != _room.node else None
 
-    def _channel(self, node: str) -> str:
-        return f"{_settings.redis_prefix}:{node}"
-
-    def _add(self, node: str, line: bytes) -> _Batch:
-        """Publish a line, with the others of this turn, to one node or to "all"."""
-        is_lost = self._is_known.is_set() and not self._is_up
-        size = self._unpublished_bytes + len(line)
-        if is_lost or size > max(_settings.max_buffer_bytes, len(line)):
-            batch = _Batch(node, line)
-            batch.finish(None)
-            return batch
-        if self._waiting and self._waiting[-1].node == node:
-            self._waiting[-1].lines.append(line)
+    def _add(self, node: str, text: bytes, asker: Client | None = None) -> _Line:
+        """Publish a line, with the others of this turn, unless it is lost."""
+        line = _Line(node, text, asker, _room.loop.create_future())
+        size = self._waiting_bytes + len(text)
+        if self._is_lost or (self._waiting and size > _settings.max_buffer_bytes):
+            line.finish(None)
         else:
-            self._waiting.append(_Batch(node, line))
-        self._unpublished_bytes = size
-        self._has_waiting.set()
-        return self._waiting[-1]
+            self._waiting.append(line)
+            self._waiting_bytes = size
+            self._has_waiting.set()
+        return line
 
     async def _run(self) -> None:
         """Stay connected: after a loss, subscribe anew on new connections."""
@@ -1597,7 +1455,14 @@ class _Cluster(_Peers):
                     tasks.create_task(self._listen(pubsub))
                     tasks.create_task(self._publish_waiting())
             except* Exception as errors:
-                self._lose(errors.exceptions[0])
+                if not self._is_lost:
+                    _errors_total.labels("redis").inc()
+                    _log.warning("redis_lost", error=repr(errors.exceptions[0]))
+                self._is_lost = True
+                self._up.set(0)
+                for line in self._waiting:
+                    line.finish(None)
+                self._waiting, self._waiting_bytes = [], 0
             await asyncio.sleep(_RETRY_SECONDS)
 
     async def _join(self, pubsub: Any) -> None:
@@ -1605,78 +1470,59 @@ class _Cluster(_Peers):
             info = await self._redis.info()
             if info["role"] != "master" or info.get("cluster_enabled"):
                 raise ConnectionError("expected a primary, and none of a Redis Cluster")
-            own_channel = self._channel(_room.node)
-            await pubsub.subscribe(self._channel("all"), own_channel)
-            while not await self._redis.publish(own_channel, _room.node):
+            channels = [f"{_settings.redis_prefix}:{node}" for node in ("all", _room.node)]
+            await pubsub.subscribe(*channels)
+            while not await self._redis.publish(channels[1], _room.node):
                 pass  # it is not subscribed yet
-        self._set_up(True)
+        self._is_lost = False
+        self._up.set(1)
         _log.info("redis_joined", node=_room.node)
-
-    def _lose(self, error: Exception) -> None:
-        if self._is_up or not self._is_known.is_set():
-            _errors_total.labels("redis").inc()
-            _log.warning("redis_lost", error=f"{type(error).__name__}: {error}")
-        self._set_up(False)
-        for batch in (*self._under_way, *self._waiting):
-            batch.finish(None)
-        self._under_way, self._waiting, self._unpublished_bytes = [], [], 0
-
-    def _set_up(self, is_up: bool) -> None:
-        self._is_up = is_up
-        self._up.set(1 if is_up else 0)
-        self._is_known.set()
 
     async def _publish_waiting(self) -> None:
         """Publish what waits in one pipeline; what comes meanwhile waits for the next."""
         while True:
             await self._has_waiting.wait()
             self._has_waiting.clear()
-            self._under_way, self._waiting = self._waiting, []
+            groups = [list(lines) for _, lines in groupby(self._waiting, attrgetter("node"))]
             pipeline = self._redis.pipeline(transaction=False)
-            node = _room.node.encode()
-            for batch in self._under_way:
-                pipeline.publish(self._channel(batch.node), b"\n".join((node, *batch.lines)))
-            counts = await pipeline.execute()
-            for batch, nodes in zip(self._under_way, counts, strict=True):
-                self._unpublished_bytes -= sum(map(len, batch.lines))
-                batch.finish(nodes)
-            self._under_way = []
+            for lines in groups:
+                data = b"\n".join((_room.node.encode(), *(line.text for line in lines)))
+                pipeline.publish(f"{_settings.redis_prefix}:{lines[0].node}", data)
+            for lines, nodes in zip(groups, await pipeline.execute(), strict=True):
+                del self._waiting[: len(lines)]
+                for line in lines:
+                    self._waiting_bytes -= len(line.text)
+                    line.finish(nodes)
 
     async def _listen(self, pubsub: Any) -> None:
         """Take what the others publish, until nothing is heard for 3 s.
 
         These are counted, not read from a clock: a process that was paused has not lost Redis,
-        but has a backlog. That ends with the answer to its PING.
+        but has a backlog, up to the answer to its PING. That comes faster than clients take it.
         """
         silent_seconds = 0
+        patience = 0.0  # seconds that clients may yet take to read
         while silent_seconds < _LOST_SECONDS:
             message = await pubsub.get_message(timeout=1)
             if message is None:
-                if silent_seconds == 0:
-                    await pubsub.ping()
-                    self._patience = _LOST_SECONDS
                 silent_seconds += 1
+                patience = _LOST_SECONDS
+                await pubsub.ping()
                 continue
             silent_seconds = 0
             if message["type"] == "message":
                 self._take(message["data"])
-                await self._wait_for_clients()
+                await asyncio.sleep(0)  # or nobody else runs while there is more to take
             else:
-                self._patience = 0.0
+                patience = 0.0
+            limit = len(clients) * _settings.max_buffer_bytes / 4
+            while patience > 0 and sum(client.unsent() for client in clients.values()) > limit:
+                patience -= 0.01
+                await asyncio.sleep(0.01)
         raise TimeoutError(f"nothing heard for {_LOST_SECONDS} s")
 
-    async def _wait_for_clients(self) -> None:
-        """Let others run, and clients read a backlog, which comes faster than they take it."""
-        await asyncio.sleep(0)
-        while self._patience > 0 and clients:
-            unsent = sum(client.unsent() for client in clients.values())
-            if unsent / len(clients) <= _settings.max_buffer_bytes / 4:
-                return
-            self._patience -= 0.01
-            await asyncio.sleep(0.01)
-
     def _take(self, data: bytes) -> None:
-        """Act on what a node has published."""
+        """Act on the lines that a node has published."""
         node, *lines = data.split(b"\n")
         if node == _room.node.encode():
             return
@@ -1688,7 +1534,6 @@ class _Cluster(_Peers):
                 _warn("redis_garbage", error=repr(error))
 
     def _act(self, node: str, to: bytes, about: bytes, body: bytes) -> None:
-        """Act on one line; `about` is its second word."""
         if to == b"ask":
             answer = json.dumps(_perform(json.loads(body)))
             self._add(node, b"answer %b %b" % (about, answer.encode()))
@@ -1702,32 +1547,6 @@ class _Cluster(_Peers):
             code, sentence = _UNKNOWN_RECIPIENT
             _count_error(code, client_id=about.decode())
             _publish(create_error_message(sentence, about.decode(), code))
-
-
-def _open_redis(url: str) -> Any:
-    """Return a client of Redis that repeats nothing and raises the first error.
-
-    The URL's faults stop the start without showing it, for its password.
-    """
-    try:
-        from redis.asyncio import Redis
-        from redis.asyncio.retry import Retry
-        from redis.backoff import NoBackoff
-    except ImportError:
-        text = "DATADIVR_REDIS_URL is set, but redis is not installed: pip install redis"
-        raise RuntimeError(text) from None
-    options: dict[str, Any] = {"protocol": 2, "encoding": "utf-8", "decode_responses": False}
-    options |= {"retry": Retry(NoBackoff(), 0), "socket_timeout": _LOST_SECONDS}
-    try:
-        redis = Redis.from_url(url, **options)
-        redis.connection_pool.make_connection()  # type: ignore[no-untyped-call]
-    except Exception:  # redis-py raises much for an option that it does not know
-        redis = None
-    # redis-py would take options in the URL instead of these.
-    if redis is None or options.keys() & parse_qs(urlsplit(url).query).keys():
-        text = f"expected a URL that redis-py can read, without {', '.join(options)}"
-        raise ValueError(f"DATADIVR_REDIS_URL: {text}")
-    return redis
 
 
 if _settings.redis_url:
