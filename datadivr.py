@@ -46,6 +46,7 @@ import uuid
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import Enum
 from functools import cache
@@ -70,7 +71,7 @@ from typing_extensions import TypeVar
 
 __all__ = [
     "Announcement", "App", "Client", "ClientInfo", "ClientPage", "HandlerType",
-    "InvalidMessageFormat", "Recipients", "Settings", "WebSocketMessage", "app", "authorize_client",
+    "InvalidMessageFormat", "Recipients", "WebSocketMessage", "app", "authorize_client",
     "broadcast", "clients", "create_error_message", "create_message", "get_handlers",
     "handle_connection", "handle_msg", "main", "parse_message", "router", "sum_handler",
     "websocket_endpoint", "websocket_handler",
@@ -100,7 +101,7 @@ _Limit = Annotated[int, Field(ge=0)]  # 0 is no limit
 _Level = Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
 
 
-class Settings(BaseModel, alias_generator=lambda name: f"DATADIVR_{name.upper()}"):
+class _Settings(BaseModel, alias_generator=lambda name: f"DATADIVR_{name.upper()}"):
     """One process's secrets and limits, each from ``DATADIVR_`` and its name in capitals."""
 
     admin_token: _Token | None = None  # of the admin API; a random one is made up and logged
@@ -118,11 +119,11 @@ class Settings(BaseModel, alias_generator=lambda name: f"DATADIVR_{name.upper()}
     log_format: Annotated[Literal["console", "json"], BeforeValidator(str.lower)] = "console"
 
 
-def _read_settings(environ: Mapping[str, str]) -> Settings:
+def _read_settings(environ: Mapping[str, str]) -> _Settings:
     """Read the settings from variables; ValueError names each that is wrong, but no secret."""
     variables = {name: text for name, text in environ.items() if text}  # empty is not set
     try:
-        return Settings.model_validate(variables)
+        return _Settings.model_validate(variables)
     except ValidationError as error:
         faults = []
         for detail in error.errors():
@@ -149,7 +150,11 @@ if not structlog.is_configured():  # as the host project may have done
             _renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, _settings.log_level)),
+        logger_factory=structlog.stdlib.LoggerFactory(),  # whose handlers never raise
     )
+    logging.getLogger("datadivr").setLevel(_settings.log_level)
+    if not logging.getLogger("datadivr").hasHandlers():
+        logging.getLogger("datadivr").addHandler(logging.StreamHandler(sys.stdout))
 _log = structlog.get_logger("datadivr")
 _warned_at: dict[tuple[str, object], float] = {}
 
@@ -428,7 +433,6 @@ def _frame_compressed(payload: bytes) -> bytes:
 
 
 def _unframe(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Cut the bytes of whole frames back into first bytes and payloads."""
     start = 0
     while start < len(data):
         first, length = data[start : start + 2]
@@ -452,6 +456,8 @@ class _UvicornConnection:
     Nothing else in this file touches what is private to uvicorn and websockets. Where something
     of it is not there, to make one raises AttributeError.
     """
+
+    __slots__ = ("_protocol", "abort", "framing", "is_closing", "receive", "unsent", "write")
 
     def __init__(self, protocol: Any) -> None:
         self._protocol = protocol
@@ -491,7 +497,7 @@ class _UvicornConnection:
     def finish_refusal(receive: Receive) -> None:
         """Say that a handshake was answered, or uvicorn logs an error for each refused client."""
         protocol: Any = getattr(receive, "__self__", None)
-        if hasattr(protocol, "handshake_complete"):
+        if getattr(protocol, "initial_response", None):
             protocol.handshake_complete = True
 
 
@@ -508,6 +514,7 @@ class _AsgiConnection:
         self._writer = asyncio.create_task(self._write_queue())
         self.is_closing: Callable[[], bool] = self._writer.done
         self.finish: Callable[[], object] = self._writer.cancel
+        self.close_reason: Callable[[], str] = lambda: "client"
 
     async def receive(self) -> Message:
         """Return the next ASGI message, or a disconnect once this side has closed."""
@@ -532,9 +539,6 @@ class _AsgiConnection:
         self._writer.cancel()
         if hasattr(self._protocol, "transport"):  # uvicorn's with --ws wsproto has one
             self._protocol.transport.abort()
-
-    def close_reason(self) -> str:
-        return "client"
 
     async def _write_queue(self) -> None:
         try:
@@ -565,23 +569,24 @@ def _open_connection(websocket: WebSocket) -> _UvicornConnection | _AsgiConnecti
 # ---- Clients -------------------------------------------------------------------------------------
 
 
+@dataclass(slots=True, eq=False)
 class Client:
     """One connected client, for users to read; from `connection` on, it is not for them."""
 
-    def __init__(self, client_id: str, address: str, connection: Any) -> None:
-        self.id = client_id  # a UUID, whose first 32 bits name the process that holds the client
-        self.address = address  # host and port of its end of the connection
-        self.connected_at = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
-        self.messages_received = 0
-        self.messages_sent = 0  # to it
-        self.connection: _UvicornConnection | _AsgiConnection = connection
-        self.framing = connection.framing
-        self.is_closed = False  # by this side, so that what it still sends is ignored
-        self.second_began = -math.inf
-        self.messages_this_second = 0
+    id: str  # a UUID
+    node: str  # the process that holds it: the first 32 bits of the id
+    address: str  # host and port of its end of the connection
+    connected_at: str  # in UTC, as ISO 8601
+    connection: _UvicornConnection | _AsgiConnection
+    messages_received: int = 0
+    messages_sent: int = 0  # to it
+    is_closed: bool = False  # by this side, so that what it still sends is ignored
+    second_began: float = -math.inf
+    messages_this_second: int = 0
 
-    def unsent(self) -> int:
-        """Return how many bytes were written to it that its socket has not yet taken."""
+    @property
+    def buffered_bytes(self) -> int:
+        """Bytes that were written to it and that its socket has not yet taken."""
         return 0 if self.connection.is_closing() else self.connection.unsent()
 
     def exceeds_rate(self) -> bool:
@@ -605,6 +610,7 @@ class Client:
 
 
 _UNKNOWN_RECIPIENT = "unknown_recipient", "No client with the id in `to` is connected."
+_CLIENT_ID = re.compile(r"([0-9a-f]{8})-[0-9a-f]{4}-8[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
 clients: dict[str, Client] = {}  # by id, in the order in which they came
 
 
@@ -628,8 +634,9 @@ class _Turn:
         self.messages: list[bytes] = []
         self.edits: dict[Client, list[tuple[int, bytes | None]]] = {}
         self.size = 0  # bytes of all messages, those to one client among them
-        # By framing: the frames of all messages, how many these are, and where each starts.
-        self._joined: dict[_Framing, tuple[bytes, int, list[int]]] = {}
+        # By framing: the frames of all messages, and how many these are; where each starts.
+        self.shared: dict[_Framing, tuple[bytes, int]] = {}
+        self._starts: dict[_Framing, list[int]] = {}
 
     def add(self, message: bytes, left_out: Client | None = None) -> None:
         if left_out is not None:
@@ -643,10 +650,11 @@ class _Turn:
 
     def frames_for(self, client: Client) -> tuple[bytes, int]:
         """Return the frames that a client gets, and how many messages these are."""
-        framing = client.framing
-        joined, count, starts = self._joined.get(framing) or self._join(framing)
+        framing = client.connection.framing
+        joined, count = self.shared.get(framing) or self._join(framing)
         if client not in self.edits:
             return joined, count
+        starts = self._starts[framing]
         view = memoryview(joined)
         parts: list[bytes | memoryview] = []
         next_place = 0
@@ -662,11 +670,11 @@ class _Turn:
         parts.append(view[starts[next_place] :])
         return b"".join(parts), count
 
-    def _join(self, framing: _Framing) -> tuple[bytes, int, list[int]]:
+    def _join(self, framing: _Framing) -> tuple[bytes, int]:
         frames = [framing(message) for message in self.messages]
-        starts = list(itertools.accumulate(map(len, frames), initial=0))
-        self._joined[framing] = b"".join(frames), len(frames), starts
-        return self._joined[framing]
+        self._starts[framing] = list(itertools.accumulate(map(len, frames), initial=0))
+        self.shared[framing] = b"".join(frames), len(frames)
+        return self.shared[framing]
 
 
 class _Room:
@@ -694,7 +702,7 @@ class _Room:
         self.loop = loop
         self.node = secrets.token_hex(4)
         self.turn = _Turn()
-        loop.call_later(_SWEEP_SECONDS, self._sweep, loop)
+        loop.call_later(_SWEEP_SECONDS, self._sweep, self.node)
         _peers.start()
 
     def is_full(self) -> bool:
@@ -737,14 +745,17 @@ class _Room:
             return
         turn, self.turn = self.turn, _Turn()
         recipients = clients.values() if turn.messages else turn.edits  # of direct messages alone
-        limit = _settings.max_buffer_bytes
+        edits, shared, limit = turn.edits, turn.shared, _settings.max_buffer_bytes
         sent = sent_bytes = 0
         for client in tuple(recipients):
             connection = client.connection
             if connection.is_closing() or connection.unsent() > limit:
                 self._check(client)
                 continue
-            frames, count = turn.frames_for(client)
+            if client in edits or connection.framing not in shared:
+                frames, count = turn.frames_for(client)
+            else:  # as most are, without a call
+                frames, count = shared[connection.framing]
             connection.write(frames)
             client.messages_sent += count
             sent += count
@@ -754,17 +765,16 @@ class _Room:
 
     def _check(self, client: Client) -> None:
         """Drop a client whose connection has ended, or who does not keep up."""
-        unsent = client.unsent()
         if client.connection.is_closing():
             self.leave(client, client.connection.close_reason())
-        elif unsent > _settings.max_buffer_bytes:
+        elif client.buffered_bytes > _settings.max_buffer_bytes:
             self.leave(client, "slow_client", 1013, "Too slow: reconnect")
-            _warn("slow_client_dropped", client_id=client.id, buffered_bytes=unsent)
+            _warn("slow_client_dropped", client_id=client.id, buffered_bytes=client.buffered_bytes)
 
-    def _sweep(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _sweep(self, node: str) -> None:
         """Check all clients: uvicorn tells nobody of one that stalls as it goes, or only pings."""
-        if loop is self.loop:
-            loop.call_later(_SWEEP_SECONDS, self._sweep, loop)
+        if node == self.node:
+            self.loop.call_later(_SWEEP_SECONDS, self._sweep, node)
             for client in tuple(clients.values()):
                 self._check(client)
 
@@ -793,14 +803,11 @@ _room = _Room()
 class _Peers:
     """The other processes of this server: none, unless `_Cluster` takes the place of this."""
 
-    def start(self) -> None:
-        """Look for them, from the room's event loop."""
+    def start(self) -> None: ...
 
-    async def wait_until_known(self) -> None:
-        """Wait until it is known whether they can be reached."""
+    async def wait_until_known(self) -> None: ...
 
-    async def stop(self) -> None:
-        """Send what still waits, and leave."""
+    async def stop(self) -> None: ...
 
     def publish(self, to: str, message: bytes, asker: Client | None) -> None:
         """Send a message to all their clients, or to an id; who asked is told if nobody has it."""
@@ -844,8 +851,7 @@ async def broadcast(message: WebSocketMessage, sender: WebSocket | None = None) 
 
 # ---- The WebSocket endpoint ----------------------------------------------------------------------
 
-_YIELD_BYTES = 65536  # what one client may send before the others' turn comes
-_YIELD_MESSAGES = 16
+_YIELD_BYTES = 65536  # what one client may send, or 16 messages, before the others' turn comes
 _WEB_SCHEMES = ("http", "https", "ws", "wss")
 _ASK_FOR_TOKEN = {"WWW-Authenticate": "Bearer"}
 # By the status of the refusal: the type of error that is counted, and what helps.
@@ -854,10 +860,6 @@ _REFUSALS = {
     403: ("origin_refused", "add it to DATADIVR_ALLOWED_ORIGINS to let it in"),
     503: ("too_many_clients", "DATADIVR_MAX_CLIENTS is the limit"),
 }
-
-
-def _is_same_token(token: str, expected: str) -> bool:
-    return hmac.compare_digest(token.encode(), expected.encode())
 
 
 def _is_allowed_origin(text: str, host: str) -> bool:
@@ -879,11 +881,12 @@ def _find_refusal(websocket: HTTPConnection) -> HTTPException | None:
     if origin is not None and not _is_allowed_origin(origin, websocket.headers.get("host", "")):
         return HTTPException(403, f"Origin {origin} is not allowed.")
     if _settings.client_token is not None:
+        expected = _settings.client_token.encode()
         scheme, _, token = websocket.headers.get("authorization", "").partition(" ")
         offered = websocket.scope.get("subprotocols", [])
-        if scheme.lower() != "bearer" and len(offered) == 2:
-            scheme, token = offered
-        if scheme.lower() != "bearer" or not _is_same_token(token.strip(), _settings.client_token):
+        if scheme.lower() != "bearer" and len(offered) > 1:
+            scheme, token = offered[:2]
+        if scheme.lower() != "bearer" or not hmac.compare_digest(token.strip().encode(), expected):
             return HTTPException(401, "A client token is needed.", _ASK_FOR_TOKEN)
     return None
 
@@ -895,14 +898,11 @@ def _counted(refusal: HTTPException) -> HTTPException:
 
 
 async def authorize_client(websocket: WebSocket) -> None:
-    """Refuse a client from a foreign page, or without the token.
+    """Refuse a client of a foreign page (HTTPException 403), or without the token (401).
 
     A FastAPI dependency, which `app.dependency_overrides[authorize_client]` replaces. The `Origin`
     (RFC 6454) must be that of the request's `Host`, or listed (`DATADIVR_ALLOWED_ORIGINS`). The
     token comes in `Authorization: Bearer` or as the second of the subprotocols `["bearer", token]`.
-
-    Raises:
-        HTTPException: 403 for the origin, 401 for the token.
     """
     refusal = _find_refusal(websocket)
     if refusal is not None:
@@ -937,7 +937,8 @@ async def handle_connection(websocket: WebSocket, subprotocol: str | None = None
     random = str(uuid.uuid4())  # the rest of a UUID of version 8 (RFC 9562, 5.8)
     client_id = f"{_room.node}{random[8:14]}8{random[15:]}"
     address = f"{websocket.client.host}:{websocket.client.port}" if websocket.client else ""
-    client = Client(client_id, address, _open_connection(websocket))
+    now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    client = Client(client_id, _room.node, address, now, _open_connection(websocket))
     websocket.scope["datadivr.client_id"] = client_id
     _room.join(client)
     try:
@@ -955,7 +956,7 @@ async def _read_messages(client: Client) -> None:
     limit = _settings.max_message_bytes
     while (event := await client.connection.receive())["type"] == "websocket.receive":
         data = event.get("text") or event.get("bytes") or ""  # hypercorn sends both keys
-        allowance -= max(len(data), _YIELD_BYTES // _YIELD_MESSAGES)
+        allowance -= max(len(data), _YIELD_BYTES // 16)
         if allowance <= 0:  # a queue that is not empty lets nobody else run
             allowance = _YIELD_BYTES
             await asyncio.sleep(0)
@@ -984,9 +985,10 @@ async def _handle(client: Client, message: WebSocketMessage) -> None:
         answer = await handle_msg(message)
         if answer is not None:
             _publish(answer, client, client)
-    except InvalidMessageFormat as error:
-        client.report(error.code, str(error), event_name=message.event_name)
-    except (Exception, asyncio.CancelledError):
+    except (Exception, asyncio.CancelledError) as error:
+        if isinstance(error, InvalidMessageFormat) and error.code == "invalid_payload":
+            client.report(error.code, str(error), event_name=message.event_name)
+            return
         task = asyncio.current_task()
         if task is not None and task.cancelling():
             raise  # it is this connection that is cancelled, not what the handler awaited
@@ -1049,15 +1051,14 @@ _Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
 
 
 async def _authorize_admin(credentials: _Credentials) -> None:
-    expected = _admin_token()
-    if credentials is None or not _is_same_token(credentials.credentials, expected):
+    given = credentials.credentials if credentials is not None else ""
+    if not hmac.compare_digest(given.encode(), _admin_token().encode()):
         _errors_total.labels("unauthorized").inc()
         raise HTTPException(401, "The admin token is needed.", _ASK_FOR_TOKEN)
 
 
 @asynccontextmanager
 async def _lifespan(_: FastAPI) -> AsyncIterator[None]:
-    """Log the admin token if it was made up, and find out whether Redis is there."""
     _admin_token()
     _room.enter()
     await _peers.wait_until_known()
@@ -1083,8 +1084,7 @@ def _perform(request: list[Any]) -> Any:
 
 
 def _describe_client(client: Client) -> Any:
-    described = vars(client) | {"node": client.id[:8], "buffered_bytes": client.unsent()}
-    return {name: described[name] for name in ClientInfo.model_fields}
+    return {name: getattr(client, name) for name in ClientInfo.model_fields}
 
 
 async def _ask(verb: str, to: str, *arguments: Any) -> tuple[list[Any], bool]:
@@ -1105,8 +1105,8 @@ async def _ask(verb: str, to: str, *arguments: Any) -> tuple[list[Any], bool]:
 _DETAIL: dict[str, Any] = {"model": dict[str, Any]}
 _BODY = {"schema": Announcement.model_json_schema(), "example": {"event_name": "news"}}
 _FIND_REFUSALS: dict[int | str, Any] = {404: _DETAIL, 503: _DETAIL}
-_OPENMETRICS = {"application/openmetrics-text": {"schema": {"type": "string"}}}
 _PageSize = Annotated[int, Query(ge=1, le=1000)]
+_OPENMETRICS = {"application/openmetrics-text": {"schema": {"type": "string"}}}
 _After = Annotated[str, Query(pattern=r"^([0-9T:.-]{26}Z[0-9a-f-]{36})?$")]
 
 router = APIRouter(lifespan=_lifespan)
@@ -1265,10 +1265,7 @@ if __name__ in sys.modules:
 
 # ---- Cluster -------------------------------------------------------------------------------------
 
-_ANSWER_SECONDS = 1.0
 _LOST_SECONDS = 3  # without a word from Redis
-_RETRY_SECONDS = 0.1
-_CLIENT_ID = re.compile(r"([0-9a-f]{8})-[0-9a-f]{4}-8[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
 
 
 class _Line(NamedTuple):
@@ -1290,8 +1287,8 @@ class _Line(NamedTuple):
 class _Cluster(_Peers):
     """The other processes ("nodes") that share a Redis, in which nothing is kept.
 
-    Each subscribes to a channel of its own and to one of all. What goes over them is lines of
-    text: first the node that publishes, then any number of these, each of three words::
+    Each subscribes to a channel of its own and to one of all. A message there is lines of text:
+    the node that publishes, then any number of these, each of three words::
 
         all - {message}                for all clients
         CLIENT_ID ASKER_ID {message}   for one client; a - where nobody is to be told
@@ -1317,10 +1314,10 @@ class _Cluster(_Peers):
         except Exception:  # redis-py raises much; what it says may show the URL, with its password
             text = f"expected a URL that redis-py can read, without {', '.join(options)}"
             raise ValueError(f"DATADIVR_REDIS_URL: {text}") from None
-        self._up = _declare(Gauge, "redis_up", "Whether Redis is up.", multiprocess_mode="livemin")
         self._answers: dict[int, asyncio.Queue[Any]] = {}  # by the number of what was asked
 
     def start(self) -> None:
+        self._up = _declare(Gauge, "redis_up", "Whether Redis is up.", multiprocess_mode="livemin")
         self._is_lost = False  # nor is it known at first whether Redis is there
         self._waiting: list[_Line] = []  # until they are published
         self._waiting_bytes = 0
@@ -1328,13 +1325,16 @@ class _Cluster(_Peers):
         self._task: asyncio.Task[None] = _room.loop.create_task(self._run())
 
     async def wait_until_known(self) -> None:
+        if self._task.done():  # a lifespan has ended before in this event loop
+            self.start()
         await asyncio.wait([self._add(_room.node, b"").heard_by])  # it waits until Redis answers
 
     async def stop(self) -> None:
         await asyncio.wait([self._add(_room.node, b"").heard_by], timeout=1)
         while not self._task.done():  # before Python 3.13 a TaskGroup may swallow a cancel
             self._task.cancel()
-            await asyncio.wait([self._task], timeout=_RETRY_SECONDS)
+            await asyncio.wait([self._task], timeout=0.1)
+        self._is_lost = True
         await self._redis.aclose()
 
     def publish(self, to: str, message: bytes, asker: Client | None) -> None:
@@ -1352,18 +1352,17 @@ class _Cluster(_Peers):
         number = secrets.randbits(32)
         queue = self._answers[number] = asyncio.Queue()
         answers: list[Any] = []
-        try:
-            async with asyncio.timeout(_ANSWER_SECONDS):
+        partial = True
+        with suppress(TimeoutError):
+            async with asyncio.timeout(1):
                 line = self._add(node, f"ask {number} {json.dumps(request)}".encode())
                 nodes = await asyncio.shield(line.heard_by)  # it is set later all the same
                 expected = (nodes or 0) - (1 if node == "all" else 0)  # all but this one
                 while len(answers) < expected:
                     answers.append(await queue.get())
-            return answers, nodes is None
-        except TimeoutError:
-            return answers, True
-        finally:
-            del self._answers[number]
+                partial = nodes is None
+        del self._answers[number]
+        return answers, partial
 
     def _find_node(self, to: str) -> str | None:
         if to in _EVERYBODY:
@@ -1392,15 +1391,16 @@ class _Cluster(_Peers):
                     tasks.create_task(self._listen(pubsub))
                     tasks.create_task(self._publish_waiting())
             except* Exception as errors:
-                if not self._is_lost:
-                    _errors_total.labels("redis").inc()
-                    _log.warning("redis_lost", error=repr(errors.exceptions[0]))
-                self._is_lost = True
-                self._up.set(0)
                 for line in self._waiting:
                     line.finish(None)
                 self._waiting, self._waiting_bytes = [], 0
-            await asyncio.sleep(_RETRY_SECONDS)
+                if not self._is_lost:
+                    error = errors.exceptions[0]
+                    _errors_total.labels("redis").inc()
+                    _log.warning("redis_lost", error=f"{type(error).__name__}: {error}")
+                self._is_lost = True
+                self._up.set(0)
+            await asyncio.sleep(0.1)
 
     async def _join(self, pubsub: Any) -> None:
         async with asyncio.timeout(_LOST_SECONDS):
@@ -1426,11 +1426,11 @@ class _Cluster(_Peers):
             for lines in groups:
                 data = b"\n".join((_room.node.encode(), *(line.text for line in lines)))
                 pipeline.publish(f"{_settings.redis_prefix}:{lines[0].node}", data)
-            for lines, nodes in zip(groups, await pipeline.execute(), strict=True):
+            for lines, nodes in zip(groups, await pipeline.execute(False), strict=True):
                 del self._waiting[: len(lines)]
                 for line in lines:
                     self._waiting_bytes -= len(line.text)
-                    line.finish(nodes)
+                    line.finish(nodes if isinstance(nodes, int) else None)  # or it is an error
 
     async def _listen(self, pubsub: Any) -> None:
         """Take what the others publish, until nothing is heard for 3 s."""
@@ -1451,8 +1451,8 @@ class _Cluster(_Peers):
                 await asyncio.sleep(0)  # or nobody else runs while there is more to take
             else:
                 patience = 0.0
-            limit = len(clients) * _settings.max_buffer_bytes / 4
-            while patience > 0 and sum(client.unsent() for client in clients.values()) > limit:
+            most = len(clients) * _settings.max_buffer_bytes / 4
+            while patience > 0 and sum(client.buffered_bytes for client in clients.values()) > most:
                 patience -= 0.01
                 await asyncio.sleep(0.01)
         raise TimeoutError(f"nothing heard for {_LOST_SECONDS} s")

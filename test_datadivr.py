@@ -30,11 +30,12 @@ import textwrap
 import threading
 import time
 import tomllib
+import types
 import uuid
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, assert_type
 
@@ -561,7 +562,9 @@ class FakeConnection:
 
 def fake_client(connection: FakeConnection) -> datadivr.Client:
     """Add a client to the room."""
-    client = datadivr.Client(str(uuid.uuid4()), "", connection)
+    now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    client_id = str(uuid.uuid4())
+    client = datadivr.Client(client_id, client_id[:8], "", now, connection)  # type: ignore[arg-type]
     datadivr._room.join(client)
     return client
 
@@ -615,7 +618,7 @@ def test_settings_have_the_defaults_that_the_readme_says() -> None:
     for name, default in table:
         value = getattr(datadivr._read_settings({}), name.lower())
         assert value in meanings.get(default, [int(default) if default.isdigit() else default])
-    assert [name.lower() for name, _ in table] == list(datadivr.Settings.model_fields)
+    assert [name.lower() for name, _ in table] == list(datadivr._Settings.model_fields)
 
 
 @pytest.mark.parametrize(
@@ -646,7 +649,7 @@ def test_a_bad_token_stops_the_start_without_being_shown(variable: str) -> None:
 def test_an_empty_variable_counts_as_not_set() -> None:
     assert (
         datadivr._read_settings({"DATADIVR_ADMIN_TOKEN": "", "DATADIVR_MAX_CLIENTS": ""})
-        == datadivr.Settings()
+        == datadivr._Settings()
     )
 
 
@@ -723,6 +726,45 @@ def test_a_handlers_traceback_is_logged_without_the_payload(
         process.stop()
     assert "RuntimeError: internal detail" in process.log
     assert not re.search(r"private matter|client-token|secret", process.log)
+
+
+@pytest.mark.parametrize("output", ["/dev/full", "a closed pipe"])
+def test_a_log_that_cannot_be_written_disturbs_nobody(output: str) -> None:
+    port = free_port()
+    reader, writer = os.pipe()
+    os.close(reader)
+    if output == "/dev/full":
+        need(Path(output).exists(), output)
+        os.close(writer)
+        writer = os.open(output, os.O_WRONLY)
+    command = [sys.executable, "-m", "uvicorn", "datadivr:app", "--port", str(port)]
+    with subprocess.Popen(
+        command, env=environment(), cwd=ROOT, stdout=writer, stderr=subprocess.DEVNULL
+    ) as server:
+        try:
+            with socket.socket() as probe:
+                wait_until(lambda: not probe.connect_ex(("127.0.0.1", port)), "the server")
+            url = f"ws://127.0.0.1:{port}/ws"
+            with dial(url, max_size=None) as client, raw_client(port, buffer=4096) as stalled:
+                own_id(stalled)
+
+                def drops() -> bool:
+                    ask(client, "fill", payload="x" * 900_000, to="all")
+                    return total(port) == 1
+
+                wait_until(drops, "the slow client to be dropped")
+                client.send('{"event_name": 5}')
+                assert hear(client)["payload"] == {"code": "invalid_message"}
+        finally:
+            server.terminate()
+            os.close(writer)
+
+
+def test_the_standard_logging_gets_every_line(
+    caplog: pytest.LogCaptureFixture, connect: Connect, live: Live
+) -> None:
+    client_id = id_of(connect())
+    assert any(client_id in record.getMessage() for record in caplog.records)
 
 
 mark_section("settings")
@@ -1067,6 +1109,16 @@ def test_a_handler_whose_type_is_not_there_is_refused_and_one_without_type_is_no
     with pytest.raises(NameError, match="Nowhere"):
         datadivr.websocket_handler("typed")(typed)
     assert {"untyped", "print"} < set(datadivr.get_handlers(HandlerType.SERVER))
+
+
+def test_a_handlers_own_invalid_message_is_not_its_senders(
+    connect: Connect, live: Live, logged: list[Any]
+) -> None:
+    @datadivr.websocket_handler("own")
+    async def own(message: WebSocketMessage) -> None:
+        datadivr.parse_message("{}")
+
+    assert ask(connect(), "own")["payload"] == {"code": "handler_error"}
 
 
 mark_section("handlers")
@@ -1565,7 +1617,67 @@ def test_compression_switched_off_leaves_the_connections_own_alone(
     (client,) = datadivr.clients.values()
     (extension,) = client.connection._protocol.conn.extensions
     assert hasattr(extension, "encoder")
-    assert client.framing is datadivr._frame
+    assert client.connection.framing is datadivr._frame
+
+
+# A ping of 125 bytes, with a mask of zeroes.
+PING = b"\x89\xfd" + bytes(4) + bytes(125)
+
+
+def high_water(process: Process) -> int:
+    """Return the most bytes of memory that a process has had resident."""
+    status = Path(f"/proc/{process.popen.pid}/status").read_text()
+    return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) * 1024
+
+
+def test_a_client_that_pings_and_does_not_read_is_dropped(
+    live: Live, ended: Callable[[], dict[str, float]]
+) -> None:
+    with raw_client(live.port, buffer=4096) as client, contextlib.suppress(OSError):
+        for _ in range(100_000):
+            client.sendall(PING * 500)
+    wait_until(lambda: ended() == {"slow_client": 1}, "it to be dropped")
+
+
+@pytest.mark.parametrize("fragmented", [False, True])
+def test_a_message_that_would_inflate_over_the_limit_is_refused(
+    tmp_path: Path, fragmented: bool
+) -> None:
+    need(Path("/proc/self/status").exists(), "/proc")
+    deflater = zlib.compressobj(9, wbits=-15)
+    bomb = deflater.compress(bytes(16 << 20)) + deflater.flush(zlib.Z_SYNC_FLUSH)[:-4]
+    framed = b"\x41\xfe" if fragmented else b"\xc1\xfe"  # with FIN, or to be continued
+    framed += struct.pack("!H", len(bomb)) + bytes(4) + bomb
+    (tmp_path / "application.py").write_text(textwrap.dedent(APPLICATION))
+    command = [*SERVERS["uvicorn"], "--ws-max-size", str(1 << 28)]  # a limit of the host's own
+    offer = "permessage-deflate; client_no_context_takeover"
+    with Process(*command, cwd=tmp_path) as process, contextlib.ExitStack() as stack:
+        process.wait_until_up()
+        clients = [
+            stack.enter_context(raw_client(process.port, extensions=offer)) for _ in range(4)
+        ]
+        before = high_water(process)
+        for client in clients:
+            client.sendall(framed * 12)
+        wait_until(lambda: total(process.port) == 0, "them to be gone")
+        assert metrics(process.port)['errors_total{type="message_too_big"}'] == 4
+        assert high_water(process) - before < 50 * 1024 * 1024
+
+
+@pytest.mark.parametrize("name", ["conn.close_sent", "conn.extensions", "transport.write"])
+def test_a_part_of_uvicorn_that_is_not_there_costs_speed_alone(name: str) -> None:
+    owner, attribute = name.split(".")
+    parts = {"conn": ["close_sent", "close_rcvd_then_sent", "extensions", "max_message_size"]}
+    parts["transport"] = ["is_closing", "get_write_buffer_size", "write", "abort"]
+    parts[owner].remove(attribute)
+    conn = types.SimpleNamespace(**dict.fromkeys(parts["conn"]))
+    transport = types.SimpleNamespace(**dict.fromkeys(parts["transport"]))
+    protocol = types.SimpleNamespace(receive=None, conn=conn, transport=transport)
+    with pytest.raises(AttributeError, match=attribute):
+        datadivr._UvicornConnection(protocol)
+    setattr(getattr(protocol, owner), attribute, [] if attribute == "extensions" else None)
+    conn.extensions = []
+    datadivr._UvicornConnection(protocol)
 
 
 mark_section("connections")
@@ -1877,7 +1989,7 @@ class FanOut(RuleBasedStateMachine):
         assert counted == [len(written), wire_bytes]
         for client, connection in self.connections.items():
             compressed = [first == datadivr._COMPRESSED_TEXT for first in connection.firsts]
-            can = client.framing is datadivr._frame_compressed
+            can = client.connection.framing is datadivr._frame_compressed
             assert compressed == [can and len(message) >= 1024 for message in connection.received]
 
     def _gone(self, client: datadivr.Client) -> None:
@@ -1970,8 +2082,8 @@ def test_a_sweep_goes_on_after_one_that_failed(loop: FakeLoop, crowd: list[FakeC
     loop.call_later = lambda *args: later.append(args)  # type: ignore[method-assign]
     crowd[0].is_closing = lambda: 1 // 0 == 0  # type: ignore[method-assign]
     with pytest.raises(ZeroDivisionError):
-        datadivr._room._sweep(loop)  # type: ignore[arg-type]
-    assert later == [(datadivr._SWEEP_SECONDS, datadivr._room._sweep, loop)]
+        datadivr._room._sweep("")
+    assert later == [(datadivr._SWEEP_SECONDS, datadivr._room._sweep, "")]
     del crowd[0].is_closing
 
 
@@ -2368,6 +2480,20 @@ def test_whatever_a_client_sends_the_server_lives_and_bystanders_lose_nothing(
 
     drive()
     wait_until(lambda: total(server.port) == 3, "the registry to be right")
+
+
+def test_the_limit_on_clients_holds_through_every_door(configure: Callable[..., None]) -> None:
+    configure(max_clients=1)
+    host = fastapi.FastAPI()
+
+    @host.websocket("/mine")
+    async def endpoint(websocket: fastapi.WebSocket) -> None:
+        await datadivr.handle_connection(websocket)
+
+    with TestClient(host) as client, client.websocket_connect("/mine"):
+        with pytest.raises(WebSocketDenialResponse) as denied, client.websocket_connect("/mine"):
+            pass
+        assert denied.value.status_code == 503
 
 
 mark_section("endpoint")
@@ -2839,6 +2965,16 @@ def test_a_host_mounts_the_application_without_a_lifespan(
             ]
             == 1
         )
+
+
+def test_an_endpoint_that_returns_without_an_answer_is_an_error_as_ever(live: Live) -> None:
+    @datadivr.app.websocket("/silent")
+    async def silent(websocket: fastapi.WebSocket) -> None: ...
+
+    with pytest.raises(InvalidStatus) as refused:
+        dial(f"ws://127.0.0.1:{live.port}/silent")
+    assert refused.value.response.status_code == 500
+    datadivr.app.router.routes.pop()
 
 
 mark_section("application")
@@ -3511,6 +3647,46 @@ def test_a_line_among_garbage_is_delivered(pair: Pair, cluster: Cluster) -> None
     data = b'00000000\nhello\nall - {"event_name": "m"}\nall'
     cluster[0].client.publish("datadivr:all", data)
     assert hear(there) == {"event_name": "m"}
+
+
+def test_an_error_of_one_publish_is_its_own(cluster: Cluster) -> None:
+    with RedisServer() as server:
+        channels = ["&datadivr:all", "resetchannels"]
+        acl = "ACL", "SETUSER", "apart", "on", "nopass", "+@all", *reversed(channels)
+        server.client.execute_command(*acl)  # type: ignore[no-untyped-call]
+        server.client.execute_command("ACL", "SETUSER", "apart", "allchannels")  # type: ignore[no-untyped-call]
+        with Node(server.url.replace("//", "//apart:x@")) as node, dial_node(node) as client:
+            own = id_of(client)[:8]
+            server.client.execute_command(*acl, f"&datadivr:{own}")  # type: ignore[no-untyped-call]
+            counted = node.redis_errors
+            elsewhere = "ffffffff-0000-8000-8000-000000000000"
+            client_socket = client
+            for _ in range(5):
+                say(client_socket, "m", to="all")
+            say(client_socket, "m", to=elsewhere)
+            for _ in range(5):
+                hear(client)
+            wait_until(lambda: node.redis_errors == counted + 1, "the error")
+            assert node.joined
+
+
+def test_a_second_lifespan_in_one_event_loop_joins_again(tmp_path: Path) -> None:
+    script = """
+        import asyncio
+        import datadivr
+
+        async def main():
+            for _ in range(2):
+                async with datadivr.app.router.lifespan_context(datadivr.app):
+                    print(datadivr._peers._up._value.get(), end=" ")
+
+        asyncio.run(asyncio.wait_for(main(), 10))
+    """
+    with RedisServer() as server:
+        command = [sys.executable, "-c", textwrap.dedent(script)]
+        environ = environment(DATADIVR_REDIS_URL=server.url, DATADIVR_LOG_LEVEL="ERROR")
+        done = subprocess.run(command, env=environ, cwd=ROOT, capture_output=True, text=True)
+        assert (done.stdout, done.returncode) == ("1.0 1.0 ", 0), done.stderr
 
 
 mark_section("cluster")
