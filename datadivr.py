@@ -114,7 +114,7 @@ class _Settings(BaseModel, alias_generator=lambda name: f"DATADIVR_{name.upper()
     compress_min_bytes: _Limit = 1024  # of a message that is compressed, once for all; 0 is none
     protect_metrics: bool = False  # whether /metrics asks for the admin token
     redis_url: Annotated[str, Field(pattern="^(rediss?|unix)://")] | None = None
-    redis_prefix: str = "datadivr"  # of channels' names: one an installation
+    redis_prefix: str = "datadivr"  # of channels' names: one per installation
     log_level: Annotated[_Level, BeforeValidator(str.upper)] = "INFO"
     log_format: Annotated[Literal["console", "json"], BeforeValidator(str.lower)] = "console"
 
@@ -373,7 +373,7 @@ _connected = _declare(Gauge, "clients", "Clients connected now.", multiprocess_m
 _connections_total = _declare(Counter, "connections_total", "Clients that connected.")
 _disconnections_total = _declare(Counter, "disconnections_total", "Clients that went.", "reason")
 _received_total = _declare(Counter, "messages_received_total", "Messages from clients.")
-_sent_total = _declare(Counter, "messages_sent_total", "Messages delivered, one a client.")
+_sent_total = _declare(Counter, "messages_sent_total", "Messages delivered, one per client.")
 _bytes_sent_total = _declare(Counter, "bytes_sent_total", "Bytes of the frames sent to clients.")
 _errors_total = _declare(Counter, "errors_total", "Errors.", "type")
 _handler_seconds = _declare(Histogram, "handler_seconds", "Seconds in a handler.", "event_name")
@@ -616,7 +616,7 @@ clients: dict[str, Client] = {}  # by id, in the order in which they came
 
 # ---- Fan-out -------------------------------------------------------------------------------------
 
-_GATHER_CLIENTS = 16  # with fewer, a turn of the loop costs more than a second write a client
+_GATHER_CLIENTS = 16  # with fewer, a turn of the loop costs more than a second write per client
 _GATHER_TURNS = 8
 _GATHER_BYTES = 16384  # with more, clients would have nothing to do while they wait
 _SWEEP_SECONDS = 1.0
@@ -626,8 +626,8 @@ class _Turn:
     """What was published in one turn of the event loop, and what each client gets of it.
 
     Every client gets the same bytes, unless it has *edits*: a place in the turn, and a message to
-    put in before the one that is there, or None to leave that out. So a turn costs one write a
-    client, not one a message, and all clients see one order.
+    put in before the one that is there, or None to leave that out. So a turn costs one write
+    per client, not one per message, and all clients see one order.
     """
 
     def __init__(self) -> None:
@@ -731,11 +731,11 @@ class _Room:
             self.loop.call_soon(self._tick, self.turn.size, _GATHER_TURNS)
         return count
 
-    def _tick(self, size: int, turns: int) -> None:
+    def _tick(self, previous_size: int, turns_left: int) -> None:
         """Flush, or wait for one more turn of the loop while each of them brings more messages."""
-        grows = size < self.turn.size < _GATHER_BYTES
-        if grows and turns and len(clients) >= _GATHER_CLIENTS:
-            self.loop.call_soon(self._tick, self.turn.size, turns - 1)
+        grows = previous_size < self.turn.size < _GATHER_BYTES
+        if grows and turns_left and len(clients) >= _GATHER_CLIENTS:
+            self.loop.call_soon(self._tick, self.turn.size, turns_left - 1)
         else:
             self.flush()
 
@@ -754,7 +754,7 @@ class _Room:
                 continue
             if client in edits or connection.framing not in shared:
                 frames, count = turn.frames_for(client)
-            else:  # as most are, without a call
+            else:  # most clients: the first with this framing has filled it
                 frames, count = shared[connection.framing]
             connection.write(frames)
             client.messages_sent += count
@@ -827,7 +827,7 @@ def _publish(message: WebSocketMessage, sender: Client | None, asker: Client | N
     data = _encode(message)
     count = _room.publish(message.to, data, sender)
     if message.to in _EVERYBODY:
-        _peers.publish("all", data, None)
+        _peers.publish("all", data, None)  # their "others" too, for the sender is here
     elif not count:
         _peers.publish(message.to, data, asker)
     return count
@@ -1327,7 +1327,7 @@ class _Cluster(_Peers):
     async def wait_until_known(self) -> None:
         if self._task.done():  # a lifespan has ended before in this event loop
             self.start()
-        await asyncio.wait([self._add(_room.node, b"").heard_by])  # it waits until Redis answers
+        await asyncio.wait([self._add(_room.node, b"").heard_by])  # taken by Redis, or lost
 
     async def stop(self) -> None:
         await asyncio.wait([self._add(_room.node, b"").heard_by], timeout=1)
@@ -1437,7 +1437,7 @@ class _Cluster(_Peers):
         # They are counted, not read from a clock: a process that was paused has not lost Redis. It
         # has a backlog, up to the answer to its PING, which comes faster than clients take it.
         silent_seconds = 0
-        patience = 0.0  # seconds that clients may yet take to read
+        patience = 0.0  # seconds to wait for clients, from a silence to the answer to a PING
         while silent_seconds < _LOST_SECONDS:
             message = await pubsub.get_message(timeout=1)
             if message is None:
@@ -1462,7 +1462,7 @@ class _Cluster(_Peers):
         node, *lines = data.split(b"\n")
         if node == _room.node.encode():
             return
-        for line in lines or [b""]:
+        for line in lines or [b""]:  # to have no line is garbage too
             try:
                 self._act(node.decode(), *line.split(b" ", 2))
             except Exception as error:  # it is not a line that a node publishes
