@@ -76,6 +76,9 @@ os.environ["no_proxy"] = ",".join(
     [os.environ.get("no_proxy", os.environ.get("NO_PROXY", "")), "127.0.0.1", "localhost"]
 )
 
+# Without keep-alive, as if each request had a client of its own, whose TLS set-up takes 50 ms.
+http = httpx.Client(verify=False, limits=httpx.Limits(max_keepalive_connections=0))
+
 Json = dict[str, Any]
 Connect = Callable[..., ClientConnection]
 
@@ -153,7 +156,7 @@ class Process:
         def answers() -> bool:
             assert self.popen.poll() is None, self.log
             with contextlib.suppress(httpx.TransportError):
-                return httpx.get(f"http://127.0.0.1:{self.port}{path}").status_code == 200
+                return http.get(f"http://127.0.0.1:{self.port}{path}").status_code == 200
             return False
 
         wait_until(answers, "the server to start", 30)
@@ -287,14 +290,14 @@ def masked(text: str) -> bytes:
 
 def metrics(port: int) -> dict[str, float]:
     """Scrape the server's own metrics, but for times and histogram buckets."""
-    text = httpx.get(f"http://127.0.0.1:{port}/metrics").text
+    text = http.get(f"http://127.0.0.1:{port}/metrics").text
     lines = re.findall(r"^datadivr_(?!\S*(?:_created|_bucket))(\S+) (\S+)$", text, re.MULTILINE)
     return {name: float(value) for name, value in lines}
 
 
 def total(port: int) -> int:
     """Ask the server how many clients are connected."""
-    return int(httpx.get(f"http://127.0.0.1:{port}/clients", headers=ADMIN).json()["total"])
+    return int(http.get(f"http://127.0.0.1:{port}/clients", headers=ADMIN).json()["total"])
 
 
 @pytest.fixture
@@ -464,7 +467,7 @@ async def handled(event_name: str, payload: Any) -> WebSocketMessage | None:
 def stall(port: int, client_id: str) -> None:
     """Send to a client that does not read until bytes for it stay unsent."""
     fill = {"event_name": "fill", "payload": "x" * 900_000, "to": client_id}
-    with httpx.Client(base_url=f"http://127.0.0.1:{port}", headers=ADMIN) as api:
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", headers=ADMIN, verify=False) as api:
         for _ in range(100):
             api.post("/messages", json=fill)
             while unsent := api.get(f"/clients/{client_id}").json()["buffered_bytes"]:
@@ -1250,7 +1253,7 @@ class Scraped(Process):
     def query(self, promql: str, **options: float) -> list[float]:
         """Return the values that Prometheus finds."""
         url = f"http://127.0.0.1:{self.prometheus.port}/api/v1/query"
-        answer = httpx.get(url, params={"query": promql, **options}).json()
+        answer = http.get(url, params={"query": promql, **options}).json()
         assert answer["status"] == "success", answer
         return [float(series["value"][1]) for series in answer["data"]["result"]]
 
@@ -1327,7 +1330,9 @@ def test_an_alert_fires_where_a_client_that_does_not_read_is_dropped(scraped: Sc
     assert scraped.query(firing) == []
     with (
         raw_client(scraped.port, buffer=4096) as stalled,
-        httpx.Client(base_url=f"http://127.0.0.1:{scraped.port}", headers=ADMIN) as api,
+        httpx.Client(
+            base_url=f"http://127.0.0.1:{scraped.port}", headers=ADMIN, verify=False
+        ) as api,
     ):
         fill = {"event_name": "fill", "payload": "x" * 900_000, "to": own_id(stalled)}
         wait_until(lambda: api.post("/messages", json=fill).status_code == 404, "it to be dropped")
@@ -1801,7 +1806,7 @@ def test_broadcast_from_a_route_returns_how_many_clients_it_addressed(
 ) -> None:
     clients = [connect() for _ in range(3)]
     wait_until(lambda: total(server.port) == 3, "three clients")
-    assert httpx.post(f"http://127.0.0.1:{server.port}/tell").json() == 3
+    assert http.post(f"http://127.0.0.1:{server.port}/tell").json() == 3
     expected = {
         "event_name": "news",
         "payload": 1,
@@ -2546,7 +2551,7 @@ def test_a_client_is_listed_with_its_counts(connect: Connect, live: Live) -> Non
     client = connect()
     client_id = id_of(client)
     ask(client, "m", to="all")
-    with httpx.Client(base_url=f"http://127.0.0.1:{live.port}", headers=ADMIN) as api:
+    with httpx.Client(base_url=f"http://127.0.0.1:{live.port}", headers=ADMIN, verify=False) as api:
         page = api.get("/clients").json()
         (listed,) = page["clients"]
         assert api.get(f"/clients/{client_id}").json() == listed
@@ -2564,7 +2569,9 @@ def test_a_client_is_listed_with_its_counts(connect: Connect, live: Live) -> Non
 
 
 def test_the_list_pages_past_clients_who_come_and_go(connect: Connect, server: Process) -> None:
-    with httpx.Client(base_url=f"http://127.0.0.1:{server.port}", headers=ADMIN) as api:
+    with httpx.Client(
+        base_url=f"http://127.0.0.1:{server.port}", headers=ADMIN, verify=False
+    ) as api:
         clients = [connect() for _ in range(5)]
         ids = [id_of(client) for client in clients]
         first = api.get("/clients?limit=2&after=").json()
@@ -2593,7 +2600,7 @@ def test_a_client_is_disconnected_after_what_was_sent_to_it(
     say(other, "last", to=client_id)
     id_of(other)
     url = f"http://127.0.0.1:{server.port}/clients/{client_id}"
-    answer = httpx.delete(url, headers=ADMIN)
+    answer = http.delete(url, headers=ADMIN)
     assert (answer.status_code, answer.content) == (204, b"")
     assert hear(client)["event_name"] == "last"
     with pytest.raises(ConnectionClosed) as closed:
@@ -2603,7 +2610,7 @@ def test_a_client_is_disconnected_after_what_was_sent_to_it(
         assert closed.value.rcvd is not None
         rcvd = closed.value.rcvd
         assert (rcvd.code, rcvd.reason) == (1008, "Disconnected by an administrator")
-    wait_until(lambda: httpx.get(url, headers=ADMIN).status_code == 404, "its end")
+    wait_until(lambda: http.get(url, headers=ADMIN).status_code == 404, "its end")
     assert id_of(other)
 
 
@@ -2615,7 +2622,7 @@ def test_a_client_is_disconnected_while_its_handler_runs(connect: Connect, serve
     assert id_of(other)
     start = time.monotonic()
     assert (
-        httpx.delete(
+        http.delete(
             f"http://127.0.0.1:{server.port}/clients/{client_id}", headers=ADMIN
         ).status_code
         == 204
@@ -2634,8 +2641,8 @@ def test_a_stalled_client_is_disconnected_without_waiting_for_it(
         stall(live.port, client_id)
         start = time.monotonic()
         url = f"http://127.0.0.1:{live.port}/clients"
-        assert httpx.delete(f"{url}/{client_id}", headers=ADMIN).status_code == 204
-        assert httpx.get(url, headers=ADMIN).json()["total"] == 0
+        assert http.delete(f"{url}/{client_id}", headers=ADMIN).status_code == 204
+        assert http.get(url, headers=ADMIN).json()["total"] == 0
         assert time.monotonic() - start < 1
         wait_until(lambda: not live.server.server_state.connections, "its socket's end")
 
@@ -2656,9 +2663,7 @@ def test_an_announcement_reaches_all_and_is_from_the_server(
     for client in clients:
         id_of(client)
     announcement = {"event_name": "news", "payload": [1], "message": "Hello.", "from_id": "me"}
-    answer = httpx.post(
-        f"http://127.0.0.1:{server.port}/messages", json=announcement, headers=ADMIN
-    )
+    answer = http.post(f"http://127.0.0.1:{server.port}/messages", json=announcement, headers=ADMIN)
     assert (answer.status_code, answer.json()) == (202, {"recipients": 2, "partial": False})
     assert [hear(client) for client in clients] == [
         announcement | {"to": "all", "from_id": "server"}
@@ -2668,9 +2673,7 @@ def test_an_announcement_reaches_all_and_is_from_the_server(
 def test_an_announcement_to_one_reaches_it_alone(connect: Connect, server: Process) -> None:
     one, other = connect(), connect()
     announcement = {"event_name": "news", "to": id_of(one)}
-    answer = httpx.post(
-        f"http://127.0.0.1:{server.port}/messages", json=announcement, headers=ADMIN
-    )
+    answer = http.post(f"http://127.0.0.1:{server.port}/messages", json=announcement, headers=ADMIN)
     assert answer.json() == {"recipients": 1, "partial": False}
     assert hear(one)["event_name"] == "news"
     assert ask(other, "whoami")["event_name"] == "whoami"
@@ -2721,7 +2724,7 @@ def test_a_body_that_ends_early_leaves_no_traceback(
     head = f"POST /messages HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\n"
     with socket.create_connection(("127.0.0.1", live.port), LIMIT) as caller:
         caller.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
-    assert httpx.get(f"http://127.0.0.1:{live.port}/healthz").status_code == 200
+    assert http.get(f"http://127.0.0.1:{live.port}/healthz").status_code == 200
     wait_until(lambda: len(live.server.server_state.connections) == 0, "its end")
     assert "Traceback" not in caplog.text
 
@@ -2939,7 +2942,7 @@ def test_a_host_includes_the_router(registry: None) -> None:
     with Live(host) as live, dial(f"ws://127.0.0.1:{live.port}/realtime/ws") as client:
         assert id_of(client)
         assert (
-            httpx.get(f"http://127.0.0.1:{live.port}/realtime/clients", headers=ADMIN).json()[
+            http.get(f"http://127.0.0.1:{live.port}/realtime/clients", headers=ADMIN).json()[
                 "total"
             ]
             == 1
@@ -2956,11 +2959,11 @@ def test_a_host_mounts_the_application_without_a_lifespan(
     host.mount("/realtime", datadivr.app)
     with Live(host) as live, dial(f"ws://127.0.0.1:{live.port}/realtime/ws") as client:
         assert id_of(client)
-        assert httpx.get(f"http://127.0.0.1:{live.port}/realtime/clients").status_code == 401
+        assert http.get(f"http://127.0.0.1:{live.port}/realtime/clients").status_code == 401
         (token,) = (entry["token"] for entry in logged if entry["event"] == "admin_token_generated")
         headers = {"Authorization": f"Bearer {token}"}
         assert (
-            httpx.get(f"http://127.0.0.1:{live.port}/realtime/clients", headers=headers).json()[
+            http.get(f"http://127.0.0.1:{live.port}/realtime/clients", headers=headers).json()[
                 "total"
             ]
             == 1
@@ -3032,7 +3035,9 @@ class Node(Process):
         command = ["-m", "uvicorn", app, "--port", "{port}", "--log-level", "warning"]
         super().__init__(*command, cwd=folder, DATADIVR_REDIS_URL=url, **variables)
         self.wait_until_up()
-        self.api = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", headers=ADMIN)
+        self.api = httpx.Client(
+            base_url=f"http://127.0.0.1:{self.port}", headers=ADMIN, verify=False
+        )
 
     @property
     def redis_errors(self) -> int:
@@ -4213,7 +4218,7 @@ def test_the_focus_stays_while_the_table_changes(page: Page, live: Live, connect
 
 
 def test_the_consoles_policy_leaves_no_way_to_run_text(browser: Browser, live: Live) -> None:
-    policy = httpx.get(f"http://127.0.0.1:{live.port}/console").headers["content-security-policy"]
+    policy = http.get(f"http://127.0.0.1:{live.port}/console").headers["content-security-policy"]
     assert "'unsafe-" not in policy
     assert {"default-src 'none'", "connect-src 'self'", "frame-ancestors 'none'"} <= set(
         policy.split("; ")
@@ -4357,7 +4362,7 @@ def test_the_handlers_of_the_readme_answer(tmp_path: Path) -> None:
         )
         greeting = ask(one, "greet")
         assert (greeting["event_name"], greeting["payload"]) == ("greeting", "hello")
-        assert httpx.post(f"http://127.0.0.1:{process.port}/news").json() == 2
+        assert http.post(f"http://127.0.0.1:{process.port}/news").json() == 2
         assert [hear(client)["event_name"] for client in (one, other)] == ["news", "news"]
         assert (
             ask(one, "where", payload={"latitude": 52.5, "longitude": 13.4})["payload"] == "north"
@@ -4396,7 +4401,7 @@ def test_the_host_of_the_readme_serves_clients_and_the_api(
         process.wait_until_up("/realtime/healthz")
         with dial(f"ws://127.0.0.1:{process.port}/realtime/ws") as client:
             url = f"http://127.0.0.1:{process.port}/realtime/clients/{id_of(client)}"
-            assert httpx.get(url, headers=ADMIN).status_code == 200
+            assert http.get(url, headers=ADMIN).status_code == 200
 
 
 def test_the_curl_commands_of_the_readme_do_what_it_says(live: Live, connect: Connect) -> None:
@@ -4473,7 +4478,7 @@ def test_a_page_with_the_javascript_of_the_readme_hears_messages_and_comes_back(
     (script,) = blocks("js")
     with (
         browser.new_page() as page,
-        httpx.Client(base_url=f"http://127.0.0.1:{live.port}", headers=ADMIN) as api,
+        httpx.Client(base_url=f"http://127.0.0.1:{live.port}", headers=ADMIN, verify=False) as api,
     ):
         page.goto(f"{api.base_url}/healthz")
         page.evaluate("window.heard = []; console.log = (...words) => heard.push(words.join(' '))")
@@ -4917,7 +4922,7 @@ def test_ten_thousand_clients_are_held_at_once(tmp_path: Path) -> None:
         after: str | None = ""
         while after is not None:
             url = f"http://127.0.0.1:{process.port}/clients"
-            page = httpx.get(url, params={"limit": 1000, "after": after}, headers=ADMIN).json()
+            page = http.get(url, params={"limit": 1000, "after": after}, headers=ADMIN).json()
             ids += [client["id"] for client in page["clients"]]
             after = page["next"]
         assert len(set(ids)) == len(ids) == 10_000
