@@ -105,12 +105,14 @@ def mark_section(name: str) -> None:
 marked = {"TestClient"}  # names of tests that have their mark, and of what is none
 
 
-def wait_until(condition: Callable[[], Any], what: str, limit: float = LIMIT) -> None:
+def wait_until(
+    condition: Callable[[], Any], what: str, limit: float = LIMIT, pause: float = 0.01
+) -> None:
     """Wait for something that sends no event of its own."""
     deadline = time.monotonic() + limit
     while not condition():
         assert time.monotonic() < deadline, f"waited {limit} s for {what}"
-        time.sleep(0.01)
+        time.sleep(pause)
 
 
 def free_port() -> int:
@@ -167,7 +169,7 @@ class Process:
                 return http.get(f"http://127.0.0.1:{self.port}{path}").status_code == 200
             return False
 
-        wait_until(answers, "the server to start", 30)
+        wait_until(answers, "the server to start", 30, pause=0.05)  # it needs the processor
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         self.popen.send_signal(number)
