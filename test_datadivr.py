@@ -624,7 +624,7 @@ FORKS = """
             os.environ.update(variables)
             exec(script, {"__name__": "__main__"})
             sys.exit()
-        print(os.waitstatus_to_exitcode(os.wait()[1]))
+        print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
 """
 
 
@@ -640,7 +640,7 @@ def run_each(
         input=json.dumps([(textwrap.dedent(script), values) for script, values in scripts]),
         capture_output=True,
         text=True,
-        timeout=3 * LIMIT,
+        timeout=6 * LIMIT,
     )
     assert done.returncode == 0, done.stderr
     statuses = map(int, done.stdout.split())
@@ -2832,7 +2832,7 @@ def test_schemathesis_finds_no_fault(
         command += ["--exclude-checks", "allow_header_conformance"]
         command += ["--checks", "all", "--max-examples", "15", "--generation-deterministic"]
         command += ["--include-path", "/metrics"] if protected else []
-        tested = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=30)
+        tested = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
         wait_until(lambda: len(datadivr.clients) == 3, "those who were disconnected to be back")
         done.set()
     for thread in threads:
