@@ -4018,20 +4018,21 @@ def test_the_console_shows_nodes_where_there_are_several(page: Page, live: Live)
     expect(page.get_by_text("Some nodes did not answer")).to_be_visible()
 
 
-@pytest.mark.parametrize("width", [390, 768])
-def test_a_small_screen_shows_each_figure_apart(page: Page, live: Live, width: int) -> None:
+def test_a_small_screen_shows_each_figure_apart(page: Page, live: Live) -> None:
     fake_clients(page, [{"id": 4 * f"{name}1111111-"} for name in "ab"])
-    page.set_viewport_size({"width": width, "height": 900})
     open_console(page, live.port)
-    expect(rows(page)).to_have_count(2)
+    expect(page.get_by_text("Live", exact=True)).to_be_visible()
     places = """(row) => Array.from(row.cells, (cell) => {
       const range = document.createRange(); range.selectNodeContents(cell);
       const { left, right, top, bottom } = range.getBoundingClientRect();
       return [left, right, top, bottom]; })"""
-    assert rows(page).first.evaluate("(row) => row.offsetHeight") < 200  # no column is squeezed
-    assert page.evaluate("document.documentElement.scrollWidth") == width
-    for one, other in itertools.combinations(rows(page).first.evaluate(places), 2):
-        assert one[1] < other[0] or other[1] < one[0] or one[3] <= other[2] or other[3] <= one[2]
+    for width in (390, 768):
+        page.set_viewport_size({"width": width, "height": 900})
+        assert page.evaluate("document.documentElement.scrollWidth") == width
+        assert 0 < rows(page).first.evaluate("(row) => row.offsetHeight") < 200  # none is squeezed
+        texts = rows(page).first.evaluate(places)
+        for (left, right, top, bottom), other in itertools.combinations(texts, 2):
+            assert right < other[0] or other[1] < left or bottom <= other[2] or other[3] <= top
 
 
 def test_a_lost_server_and_the_last_figures_moment_are_seen_wherever_one_has_scrolled_to(
@@ -4040,7 +4041,7 @@ def test_a_lost_server_and_the_last_figures_moment_are_seen_wherever_one_has_scr
     fake_clients(page, [{"id": str(n)} for n in range(20)])
     page.set_viewport_size({"width": 390, "height": 900})
     open_console(page, live.port)
-    expect(rows(page)).to_have_count(20)
+    expect(page.get_by_text("Live", exact=True)).to_be_visible()
     rows(page).last.scroll_into_view_if_needed()
     page.route("**/*", lambda route: route.abort())
     text = r"^The server does not answer. Trying again every second. Last figures: .*\d:\d\d:\d\d"
@@ -4129,22 +4130,21 @@ def test_an_announcement_from_the_console_reaches_one(
     assert ask(clients[0], "whoami")["event_name"] == "whoami"
 
 
-@pytest.mark.parametrize(
-    ("field", "text", "fault"),
-    [
+def test_the_console_says_what_is_wrong_with_an_announcement(page: Page, live: Live) -> None:
+    faults = [
         ("Payload, in JSON", "{oops", "in JSON at position 1"),
         ("To: all, or a client's id", "nobody", "No client with this id is connected."),
         ("Event name", "$connect", "event_name: String should match pattern"),
-    ],
-)
-def test_the_console_says_what_is_wrong_with_an_announcement(
-    page: Page, live: Live, field: str, text: str, fault: str
-) -> None:
+    ]
     open_console(page, live.port)
-    page.get_by_label("Event name").fill("news")
-    page.get_by_label(field, exact=True).fill(text)
-    page.get_by_role("button", name="Send").click()
-    expect(page.get_by_text(fault)).to_be_visible()
+    for label, text, fault in faults:
+        page.get_by_label("Event name").fill("news")
+        field = page.get_by_label(label)
+        before = field.input_value()
+        field.fill(text)
+        page.get_by_role("button", name="Send").click()
+        expect(page.get_by_text(fault)).to_be_visible()
+        field.fill(before)
 
 
 def test_the_console_asks_before_it_disconnects(page: Page, live: Live, connect: Connect) -> None:
@@ -4184,16 +4184,17 @@ def test_the_console_recovers_when_the_server_is_back(page: Page) -> None:
             expect(rows(page)).to_contain_text(id_of(client))
 
 
-@pytest.mark.parametrize("status", [502, 503])
-def test_the_console_says_what_a_proxy_answers(page: Page, live: Live, status: int) -> None:
+def test_the_console_says_what_a_proxy_answers(page: Page, live: Live) -> None:
+    answers = [502]
     page.route(
         "**/metrics",
-        lambda route: route.fulfill(status=status, body=IMAGE, content_type="text/html"),
+        lambda route: route.fulfill(status=answers[-1], body=IMAGE, content_type="text/html"),
     )
     open_console(page, live.port)
-    expect(
-        page.get_by_text(f"The server answers {status}. Trying again every second.")
-    ).to_be_visible()
+    for status in (502, 503):
+        answers.append(status)
+        text = f"The server answers {status}. Trying again every second."
+        expect(page.get_by_text(text)).to_be_visible()
 
 
 def test_what_a_client_or_the_server_says_is_shown_as_text(
