@@ -1042,7 +1042,8 @@ def _admin_token() -> str:
     if _settings.admin_token is not None:
         return _settings.admin_token
     token = secrets.token_urlsafe(32)
-    _log.warning("admin_token_generated", token=token, hint="DATADIVR_ADMIN_TOKEN chooses it")
+    console, hint = f"/console#token={token}", "DATADIVR_ADMIN_TOKEN chooses it"
+    _log.warning("admin_token_generated", token=token, console=console, hint=hint)
     return token
 
 
@@ -1504,207 +1505,407 @@ def main() -> None:
 
 # ---- The console's page --------------------------------------------------------------------------
 
-_CONSOLE = r"""<!doctype html><html lang="en"><meta charset="utf-8"><title>datadivr console</title>
-<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,"><style>
-:root { color-scheme: light dark; font: 15px/1.45 system-ui, sans-serif; color: var(--text); background: var(--page);
-  --page: light-dark(#f2f5f6, #0c1316); --card: light-dark(#fff, #141d21); --line: light-dark(#d8e1e4, #2a393f);
-  --edge: light-dark(#84959c, #62757d); --text: light-dark(#13232a, #e3ecef); --muted: light-dark(#4e626b, #9fb2ba);
-  --accent: light-dark(#0b6a73, #5ccdd4); --bad: light-dark(#b3261e, #ff9389); --good: light-dark(#1a7347, #62d29c) }
-* { box-sizing: border-box; margin: 0; background: none; scroll-margin-top: 4em } dialog::backdrop { background: #0008 }
-:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px } [tabindex="-1"] { outline: none }
-body { max-width: 1320px; margin: auto; padding: 0 16px 16px; overflow-wrap: anywhere }
-[hidden], body:not(.nodes) .node, .signed #login, body:not(.signed) :is(#board, #out) { display: none !important }
-h1 { font-size: 18px; margin-right: auto; padding: 12px 0 } h2 { font-size: 15px } caption, label { font-weight: 700 }
-:is(h1, caption) span, small, figcaption, thead, td::before, tbody::after { color: var(--muted); font-weight: 400 }
-small, figcaption, label, thead, td::before, :is(td, header) button, .fault, #state { font-size: 13px }
-header { position: sticky; top: 0; z-index: 1; background: var(--page) } #notice { width: 100% }
-header, .bar { display: flex; flex-wrap: wrap; justify-content: space-between; align-items: center; gap: 6px 12px }
-#state::before { content: "\25cf\a0" / "" } [data-now=live] #state::before { color: var(--good) }
-#notice:not(:empty) { padding: 10px 16px; margin-bottom: 8px; border: 1px solid; border-radius: 12px }
-[data-now=gone] #state::before, [data-now=gone] #notice, .fault { color: var(--bad) } label { display: block }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 16px; min-width: 0 }
-.grid { display: grid; grid: auto / repeat(auto-fit, minmax(clamp(13em, (44em - 100%) * 999, 100%), 1fr)); gap: 16px }
-#board > .grid ~ * { margin-top: 16px } #board { margin-top: 10px } form .bar, nav, dialog > * + * { margin-top: 14px }
-figure p { font-size: 30px; font-weight: 600; line-height: 1.3 } tbody:empty::after { content: "None" }
-svg { width: 100%; height: 80px; overflow: visible; border: dashed var(--edge); border-width: 1px 0 }
-path { fill: none; stroke: var(--accent); stroke-width: 2; stroke-linecap: round; vector-effect: non-scaling-stroke }
-input, textarea, button { font: inherit; color: inherit; border: 1px solid var(--edge); border-radius: 8px }
-input, textarea { display: block; width: 100%; padding: 7px 10px; margin: 4px 0 6px; font: 15px system-ui, sans-serif }
-button { padding: 5px 1em; cursor: pointer } :is(td, header) button { padding: 3px 9px } * + button { margin-left: 6px }
-.primary { background: var(--accent); border-color: var(--accent); color: var(--card); font-weight: 600 }
-[aria-disabled=true] { color: var(--muted); cursor: default } .danger, [aria-invalid=true] { border-color: var(--bad) }
-table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums } caption { text-align: left }
-th, td { text-align: right; padding: 7px 0 7px 14px; font-weight: 400; white-space: nowrap }
-tbody tr { border-top: 1px solid var(--line) } th:first-child { text-align: left; padding-left: 0; white-space: normal }
-th small { display: block; font-family: ui-monospace, monospace } #slowest button:first-child { display: none }
-#login, dialog { width: min(420px, 100% - 32px); margin: 10vh auto; color: inherit } label { margin-top: 8px }
-@media (max-width: 900px) { .wide th, #clients td:last-child { grid-column: 1 / -1 } .wide .node { display: none }
-  .wide thead { position: absolute; clip-path: inset(50%) } .wide button { padding: 6px 14px }
-  .wide tr { display: grid; grid: auto / repeat(4, auto); gap: 0 14px; padding: 8px 0; justify-content: space-between }
-  .wide :is(th, td) { padding: 4px 0; text-align: left; white-space: normal } .wide td { overflow-wrap: normal }
-  #slowest td + td { grid-column: 4 } .wide td:not(:last-child)::before { content: attr(title) / ""; display: block } }
-</style><header><h1>datadivr <span>console</span></h1><p id="state"></p><button id="out">Sign out</button>
-  <p id="notice" role="status"></p></header>
-<main id="main" tabindex="-1"><form id="login" class="card"><h2>Sign in</h2>
-<label>Admin token <input id="token" type="password" autocomplete="off" required aria-describedby="token-fault"></label>
-  <p id="token-fault" class="fault" role="alert"></p><small>DATADIVR_ADMIN_TOKEN, or the one in the server's log</small>
-  <p class="bar"><button class="primary">Open the console</button></p></form>
-<div id="board"><div class="grid" id="charts"></div>
-<p class="node"><small>Charts and errors: the node or machine that answers. Clients: all.</small></p><div class="grid">
-  <div class="grid"><section class="card"><table tabindex="-1"><caption>Errors</caption><thead><tr><th scope="col">Type
-    <th scope="col">Last 2 min<th scope="col">In all</thead><tbody id="errors"></table></section>
-  <section class="card"><table class="wide" tabindex="-1"><caption>Slowest clients</caption><thead><tr>
-    <th scope="col">Client<th scope="col">Unsent<th scope="col">Actions</thead><tbody id="slowest"></table></section>
-  </div><form id="announce" class="card"><h2>Announcement</h2>
-    <label>To <input id="to" value="all" required aria-describedby="to-fault to-hint"></label>
-    <p id="to-fault" class="fault" role="alert"></p><small id="to-hint">“all” or a client's id</small>
-    <label>Event name <input id="name" required></label><label>Message <input id="message"></label>
-    <label>Payload, in JSON <textarea id="payload" rows="2" aria-describedby="payload-fault"></textarea></label>
-    <p id="payload-fault" class="fault" role="alert"></p>
-    <p class="bar"><button class="primary">Send</button><span id="sent" role="status"></span></p></form></div>
-<section class="card"><p id="partial" class="fault" hidden>Some nodes did not answer.</p>
-    <table class="wide" tabindex="-1"><caption>Clients <span id="total"></span></caption>
-      <thead><tr><th scope="col">Client<th scope="col" class="node">Node<th scope="col">Since<th scope="col">In
-      <th scope="col">Out<th scope="col">Unsent<th scope="col">Actions</thead><tbody id="clients"></table>
-    <nav id="pages" class="bar" aria-label="Pages of clients"><button id="previous">Previous</button>
-      <span id="place"></span><button id="next">Next</button></nav></section></div></main>
-<dialog id="ask" class="card" aria-labelledby="question"><h2 id="question"></h2>
-  <p>It gets what was already sent to it, then its connection is closed with code 1008. It may connect again.</p>
-  <form method="dialog" class="bar"><button>Cancel</button><button class="danger" value="1">Disconnect</button></form>
-</dialog><template id="chart"><figure class="card"><h2></h2><p></p><small></small><svg role="img" viewBox="0 0 120 40"
-  preserveAspectRatio="none"><path/></svg><figcaption class="bar">2 min ago<span>now</span></figcaption></figure>
-</template><script>
-const ui = Object.fromEntries(Array.from(document.querySelectorAll("[id]"), (node) => [node.id, node]));
-const base = new URL(location.pathname.endsWith("/") ? ".." : ".", location), { dataset, classList } = document.body;
-let token = sessionStorage.getItem("datadivr"), samples = [], clients = [], page = 0, last = {}, due = 0, running, fade;
-const el = (tag, properties) => Object.assign(document.createElement(tag), properties);
-const say = (node, text) => { if (node.textContent !== text) node.textContent = text; };
-const show = (now, label, notice) => { dataset.now = now; say(ui.state, label); say(ui.notice, notice); };
-const tell = (text) => { say(ui.notice, text); clearTimeout(fade); fade = setTimeout(say, 5000, ui.notice, ""); };
-const fault = (id, text) => { say(ui[`${id}-fault`], text); ui[id].ariaInvalid = !!text; if (text) ui[id].focus(); };
-const number = (n) => n.toLocaleString("en", n < 1e5 ? { maximumFractionDigits: +(n < 100) } : { notation: "compact" });
-const bytes = (n) => n < 1e3 ? `${n} B` : n < 1e6 ? `${(n / 1e3).toFixed(1)} kB` : `${(n / 1e6).toFixed(1)} MB`;
-const time = (d) => d.toLocaleString([], { timeStyle: "short", dateStyle: Date.now() - d > 8e7 ? "short" : void 0 });
-async function api(path, options) {
-  const own = token, headers = { Authorization: `Bearer ${own}` }, signal = AbortSignal.timeout(5000);
-  const answer = await fetch(new URL(path, base), { ...options, headers, signal, cache: "no-store" }).catch(() => null);
-  const body = await answer?.text().catch(() => null);
-  if (own === token && answer?.status === 401) leave("The server refuses this token.");
-  if (own !== token || typeof body !== "string") throw Error(token ? "The server does not answer." : "Signed out.");
-  const json = /json/.test(answer.headers.get("content-type")) && JSON.parse(body || null);
-  if (answer.ok) return json || body;
-  const details = [json.detail ?? `The server answers ${answer.status}.`].flat();
-  throw Error(details.map((d) => d.msg ? `${d.loc.at(-1)}: ${d.msg}` : d).join("; "), { cause: answer.status });
-}
-function leave(text) {
-  [token, samples, page, last, due] = ["", [], 0, {}, 0];
-  sessionStorage.removeItem("datadivr"); classList.remove("signed"); ui.ask.close();
-  show("out", "Signed out", ""); fault("token", text); ui.token.focus();
-}
-async function run() { // one request after the other, for as long as somebody is signed in and looks
-  if (running) return;
-  for (running = true; token && !document.hidden; await new Promise((done) => setTimeout(done, 1000))) try {
-    const start = performance.now(), before = dataset.now;
-    if (start > due) due = start + 2000 + await walk();
-    await measure();
-    if (before === "live") continue; else show("live", "Live", "");
-    sessionStorage.setItem("datadivr", token); if (before === "gone") tell("The server is back.");
-    if (!classList.contains("signed")) { classList.add("signed"); ui.main.focus({ preventScroll: true }); }
-  } catch ({ message }) {
-    if (token) show("gone", "No answer", `${message} Trying again every second.${last.seen ?? ""}`); due = 0;
-  }
-  running = false;
-}
-function fill(id, items, texts) { // rows are changed in place: the focus and the place on the page stay where they are
-  const body = ui[id], focused = document.activeElement, old = new Map(Array.from(body.rows, (row) => [row.key, row]));
-  const rows = items.map((item) => old.get(item.id) ?? makeRow(body.parentNode, item));
-  for (const row of old.values()) if (!rows.includes(row)) row.remove();
-  rows.forEach((row, index) => {
-    if (body.rows[index] !== row) body.insertBefore(row, body.rows[index]);
-    texts(items[index]).forEach((text, cell) => say(row.cells[cell + 1], text));
-  });
-  const focus = focused.isConnected ? focused : body.parentNode;
-  if (document.activeElement !== focus) focus.focus({ preventScroll: true });
-}
-function makeRow(table, { id, address }) {
-  const row = el("tr", { key: id }), head = el("th", { scope: "row", textContent: address ?? id });
-  const cells = Array.from(table.rows[0].cells, ({ className, innerText: title }) => el("td", { className, title }));
-  row.append(head, ...cells.slice(1));
-  if (address === undefined) return row;
-  const button = (text, onclick) => el("button", { onclick, textContent: text, ariaLabel: `${text} ${address}` });
-  head.append(el("small", { textContent: id }));
-  row.lastChild.append(button("Message", () => { ui.to.value = id; ui.name.focus(); }), button("Disconnect", () => {
-    say(ui.question, `Disconnect ${address}?`);
-    Object.assign(ui.ask, { returnValue: "", client: { id, address } }).showModal();
-  }));
-  return row;
-}
-function turn(to) {
-  const count = Math.ceil(clients.length / 20) || 1; page = Math.max(0, Math.min(to, count - 1));
-  fill("clients", clients.slice(20 * page, 20 * page + 20), (c) => [c.node ?? "", time(new Date(c.connected_at)),
-    number(c.messages_received), number(c.messages_sent), bytes(c.buffered_bytes)]);
-  say(ui.place, `Page ${page + 1} of ${count}`);
-  [ui.pages.hidden, ui.previous.ariaDisabled, ui.next.ariaDisabled] = [count === 1, page === 0, page === count - 1];
-}
-async function walk() {
-  const answers = [{ next: "", clients: [] }];
-  while (answers.at(-1).next !== null) answers.push(await api(`clients?limit=1000&after=${answers.at(-1).next}`));
-  clients = answers.flatMap((answer) => answer.clients);
-  const behind = clients.filter((c) => c.buffered_bytes).sort((a, b) => b.buffered_bytes - a.buffered_bytes);
-  fill("slowest", behind.slice(0, 5), (c) => [bytes(c.buffered_bytes)]);
-  classList.toggle("nodes", new Set(clients.map((c) => c.node)).size > 1);
-  ui.partial.hidden = !answers.some((answer) => answer.partial);
-  say(ui.total, number(clients.length)); turn(page); return clients.length;
-}
-async function measure() {
-  const now = {}, errors = {}, text = await api("metrics"), at = performance.now() / 1000;
-  for (const [, name, type, value] of text.matchAll(/^datadivr_(\w+)(?:\{type="((?:[^"\\]|\\.)*)"\})? (\S+)/gm))
-    if (name === "errors_total") errors[JSON.parse(`"${type}"`)] = +value; else now[name] = +value;
-  const rate = (name) => now[name] >= last[name] ? (now[name] - last[name]) / (at - last.at) : null;
-  samples.push({ at, errors, values: [now.clients, rate("messages_received_total"), rate("messages_sent_total")] });
-  samples = samples.filter((sample) => sample.at > at - 120);
-  last = { ...now, at, seen: ` The figures are from ${time(new Date())}.` };
-  charts.forEach((draw) => draw(at));
-  const types = Object.keys(errors).filter((type) => errors[type]), before = samples[0].errors;
-  const recent = (type) => errors[type] - (before[type] <= errors[type] ? before[type] : 0);
-  fill("errors", types.map((id) => ({ id })), ({ id }) => [number(recent(id)), number(errors[id])]);
-}
-const charts = ["Clients connected", "Messages in", "Deliveries out"].map((title, index) => {
-  const card = ui.chart.content.firstChild.cloneNode(true), [heading, figure, top, svg] = card.children;
-  const unit = index ? "/s" : ""; heading.append(title); ui.charts.append(card);
-  return (at) => {
-    const values = samples.map((sample) => sample.values[index]), most = Math.max(0, ...values), now = values.at(-1);
-    const ten = 10 ** Math.floor(Math.log10(most || 1)), limit = ten * [1, 2, 5, 10, 20].find((n) => n * ten > most);
-    const path = samples.map((sample, i) => values[i] === null ? "" :
-      `${values[i - 1] == null ? "M" : "L"}${120 + sample.at - at} ${40 - 40 * values[i] / limit}h0`);
-    svg.firstChild.setAttribute("d", path.join(""));
-    say(figure, now === null ? "-" : number(now) + unit); say(top, `scale to ${number(limit)}${unit}`);
-    svg.ariaLabel = `${title}: ${figure.textContent} now, at most ${number(most)}${unit} in the last two minutes`;
-  };
-});
-ui.ask.onclose = ({ target: { returnValue, client } }) => returnValue &&
-  api(`clients/${client.id}`, { method: "DELETE" }).then(() => `${client.address} is disconnected.`, (e) => e.message)
-  .then((text) => { due = 0; tell(text); });
-ui.announce.onsubmit = (event) => {
-  const [to, event_name, message, payload] = [ui.to, ui.name, ui.message, ui.payload].map(({ value }) => value.trim());
-  event.preventDefault(); fault("payload", ""); fault("to", ""); say(ui.sent, "");
-  try { JSON.parse(payload || "null"); } catch (error) { return fault("payload", `Not JSON: ${error.message}`); }
-  // The payload goes out as it was typed, because JavaScript would round large numbers.
-  const body = `{"payload":${payload || null},` + JSON.stringify({ to, event_name, message: message || null }).slice(1);
-  api("messages", { method: "POST", body }).then(
-    ({ recipients: n, partial }) =>
-      say(ui.sent, `“${event_name}” reached ${n}${partial ? " or more" : ""} client${n === 1 ? "" : "s"}.`),
-    ({ message, cause }) => cause === 404 ? fault("to", message) : say(ui.sent, message));
-};
-ui.login.onsubmit = (event) => {
-  event.preventDefault(); leave(""); token = ui.token.value.trim();
-  if (/[^!-~]/.test(token)) leave("The server refuses this token."); else { show("wait", "Connecting", ""); run(); }
-};
-ui.out.onclick = () => leave(""); document.onvisibilitychange = run;
-ui.previous.onclick = () => turn(page - 1); ui.next.onclick = () => turn(page + 1);
-if (token) { classList.add("signed"); run(); } else leave("");
-</script>
-"""  # noqa: E501
+_CONSOLE = r"""<!doctype html>
+<html lang="en">
+  <meta charset="utf-8" />
+  <meta name="viewport" content="width=device-width, initial-scale=1" />
+  <title>datadivr console</title>
+  <link rel="icon" href="data:," />
+  <style>
+    :root {
+      color-scheme: light dark;
+      --page: light-dark(#e9eef0, #0c1316);
+      --card: light-dark(#fff, #141d21);
+      --muted: light-dark(#4e626b, #9fb2ba);
+      --accent: light-dark(#0b6a73, #5ccdd4);
+      --bad: light-dark(#b3261e, #ff9389);
+      --gap: 0.5rem;
+      --space: 1rem;
+      background: var(--page);
+      font-family: system-ui, sans-serif;
+      line-height: 1.4;
+    }
+    * {
+      box-sizing: border-box;
+      margin: 0;
+    }
+    :is(.signed-in #login, body:not(.signed-in) .private) {
+      display: none;
+    }
+    body {
+      max-width: 90rem;
+      padding: 0 var(--space) var(--space);
+      margin: auto;
+    }
+    header {
+      position: sticky;
+      top: 0;
+      display: grid;
+      grid-template-columns: 1fr auto;
+      padding: var(--gap) 0;
+      background: var(--page);
+    }
+    :is(h1, h2) {
+      font-size: 1.125rem;
+    }
+    :is(main, form, search) {
+      display: grid;
+      grid-template-columns: repeat(auto-fit, minmax(min(17rem, 100%), 1fr));
+      gap: var(--space);
+    }
+    .whole {
+      grid-column: 1 / -1;
+    }
+    .card {
+      padding: var(--space);
+      border-radius: var(--gap);
+      background: var(--card);
+      overflow-x: auto;
+    }
+    #login {
+      max-width: 27rem;
+      margin: 10vh auto;
+    }
+    ul {
+      padding-left: var(--space);
+    }
+    figcaption {
+      color: var(--muted);
+      white-space: pre-line;
+    }
+    figcaption::first-line {
+      color: CanvasText;
+      font-size: 2rem;
+    }
+    .bad {
+      color: var(--bad);
+    }
+    path {
+      fill: none;
+      stroke: var(--accent);
+      stroke-width: 2;
+      vector-effect: non-scaling-stroke;
+    }
+    table {
+      width: 100%;
+      border-collapse: collapse;
+    }
+    :is(th, td) {
+      padding: var(--gap) var(--space) var(--gap) 0;
+      border-bottom: 1px solid var(--page);
+      text-align: left;
+      white-space: pre-line;
+    }
+    :is(th, td):nth-child(n + 4) {
+      text-align: right;
+    }
+    :is(input, button) {
+      padding: var(--gap);
+      border: 1px solid var(--muted);
+      margin: 0.125rem 0;
+      border-radius: var(--gap);
+      background: var(--card);
+      font: inherit;
+    }
+    form button {
+      background: var(--accent);
+      color: var(--card);
+    }
+    label > :not([type="checkbox"]) {
+      width: 100%;
+    }
+  </style>
+  <header>
+    <h1>datadivr console</h1>
+    <button id="leave" class="private">Sign out</button>
+    <p id="status" class="whole" role="status">Connecting</p>
+  </header>
+  <main id="login">
+    <form id="credentials" class="card">
+      <label>Admin token <input id="token" type="password" autocomplete="off" required /></label>
+      <p>DATADIVR_ADMIN_TOKEN, or the one in the server's log</p>
+      <p id="refusal" class="bad" role="alert"></p>
+      <button>Open the console</button>
+    </form>
+  </main>
+  <main id="board" class="private">
+    <figure class="card" aria-label="Clients connected" data-metric="clients">
+      <figcaption>Clients connected</figcaption>
+      <svg width="100%" height="60" viewBox="-120 0 120 1" preserveAspectRatio="none"><path /></svg>
+    </figure>
+    <figure class="card" aria-label="Messages in" data-metric="messages_received_total">
+      <figcaption>Messages in</figcaption>
+      <svg width="100%" height="60" viewBox="-120 0 120 1" preserveAspectRatio="none"><path /></svg>
+    </figure>
+    <figure class="card" aria-label="Deliveries out" data-metric="messages_sent_total">
+      <figcaption>Deliveries out</figcaption>
+      <svg width="100%" height="60" viewBox="-120 0 120 1" preserveAspectRatio="none"><path /></svg>
+    </figure>
+    <section class="card">
+      <h2>Errors</h2>
+      <ul id="errors"></ul>
+      <p id="scope"></p>
+    </section>
+    <section id="list" class="card whole">
+      <search>
+        <h2 id="count" class="whole">Clients</h2>
+        <label>Address, id or user <input id="search" type="search" /></label>
+        <label>Page <input id="page" type="number" min="1" value="1" /></label>
+        <label><input id="slowest" type="checkbox" /> Most unsent bytes first</label>
+      </search>
+      <p id="partial" class="bad"></p>
+      <table id="table" aria-labelledby="count" tabindex="-1">
+        <thead>
+          <tr>
+            <th>Client</th>
+            <th>Node</th>
+            <th>Since</th>
+            <th>In</th>
+            <th>Out</th>
+            <th>Unsent</th>
+            <th>Actions</th>
+          </tr>
+        </thead>
+        <tbody id="rows"></tbody>
+      </table>
+    </section>
+    <form id="announcement" class="card whole">
+      <h2 class="whole">Announcement</h2>
+      <label>To: all, or a client's id <input id="to" name="to" value="all" required /></label>
+      <label>Event name <input id="name" name="event_name" required /></label>
+      <label>Message <input name="message" /></label>
+      <label>Payload, in JSON <input name="payload" /></label>
+      <button>Send</button>
+      <p id="outcome" role="status"></p>
+    </form>
+  </main>
+  <script>
+    const ui = {};
+    for (const element of document.querySelectorAll("[id]")) ui[element.id] = element;
+    const root = new URL(location.pathname.endsWith("/") ? ".." : ".", location);
+    const rowsPerPage = 20;
+    const state = {
+      token: "",
+      timer: 0, // of the next refresh
+      listDue: 0, // when to list the clients again
+      clients: [], // as /clients lists them
+      samples: [], // of /metrics, two minutes back
+    };
+    const titleOf = ({ address, user, id }) => [address, user, id].filter(Boolean).join("\n");
+    const make = (tag, properties) => Object.assign(document.createElement(tag), properties);
+    const round = (number) => number.toLocaleString([], { maximumSignificantDigits: 3 });
+    const setText = (element, text) => {
+      if (element.textContent !== text) element.textContent = text;
+    };
+
+    async function request(path, options) {
+      const { token } = state;
+      const headers = { Authorization: `Bearer ${token}` };
+      const signal = AbortSignal.timeout(5000);
+      const response = await fetch(root + path, { ...options, headers, signal }).catch(() => null);
+      const text = await response?.text().catch(() => null);
+      if (typeof text !== "string") throw new Error("The server does not answer.");
+      if (token !== state.token) throw new Error("Signed out.");
+      if (response.ok) return text;
+      if (response.status === 401) signOut("The server refuses this token.");
+      throw new Error(explain(response, text));
+    }
+
+    function explain({ status, headers }, text) {
+      const isJson = headers.get("Content-Type") === "application/json";
+      const { detail = `The server answers ${status}.` } = isJson ? JSON.parse(text) : {};
+      if (typeof detail === "string") return detail;
+      return detail.map(({ loc, msg }) => `${loc.at(-1)}: ${msg}`).join("; ");
+    }
+
+    function start() {
+      const [, token] = location.hash.split("#token=");
+      history.replaceState(null, "", location.pathname); // nobody shall read the token there
+      signIn(token ?? sessionStorage.getItem("datadivr") ?? "");
+    }
+
+    function signIn(token) {
+      state.token = token;
+      if (!/^[!-~]+$/.test(token)) signOut(token ? "The server refuses this token." : "");
+      refresh();
+    }
+
+    function signOut(fault) {
+      state.token = "";
+      sessionStorage.removeItem("datadivr");
+      document.body.className = "";
+      setText(ui.status, "Signed out");
+      setText(ui.refusal, fault);
+      ui.credentials.reset();
+      ui.token.focus();
+    }
+
+    async function refresh() {
+      clearTimeout(state.timer);
+      try {
+        if (state.token && !document.hidden) await load();
+      } catch (error) {
+        if (state.token) showGone(error);
+      }
+      state.timer = setTimeout(refresh, 1000);
+    }
+
+    async function load() {
+      const isListDue = performance.now() > state.listDue;
+      if (isListDue) await loadClients();
+      await loadFigures();
+      if (isListDue) showScope();
+      sessionStorage.setItem("datadivr", state.token);
+      document.body.className = "signed-in";
+      ui.status.className = "";
+      setText(ui.status, "Live");
+    }
+
+    function showGone({ message }) {
+      const last = state.samples.at(-1)?.moment ?? "never";
+      ui.status.className = "bad";
+      setText(ui.status, `${message} Trying again every second. Last figures: ${last}.`);
+    }
+
+    async function loadClients() {
+      const pages = [];
+      for (let after = ""; after !== null; after = pages.at(-1).next) {
+        pages.push(JSON.parse(await request(`clients?limit=1000&after=${after}`)));
+      }
+      state.clients = pages.flatMap((page) => page.clients);
+      state.listDue = performance.now() + 2000 + state.clients.length; // long lists cost more
+      setText(ui.partial, pages.some((page) => page.partial) ? "Some nodes did not answer." : "");
+      showClients();
+    }
+
+    async function loadFigures() {
+      const text = await request("metrics");
+      const now = { at: performance.now() / 1000, moment: new Date().toLocaleString(), errors: {} };
+      const lines = text.matchAll(/^datadivr_(\w+)(?:\{type="(.*)"\})? (\S+)$/gm);
+      for (const [, name, type, value] of lines) {
+        // Prometheus escapes a label's text as JSON does.
+        if (name === "errors_total") now.errors[JSON.parse(`"${type}"`)] = Number(value);
+        else now[name] = Number(value);
+      }
+      state.samples = state.samples.filter(({ at }) => at > now.at - 120).concat(now);
+      document.querySelectorAll("figure").forEach(drawChart);
+      showErrors();
+    }
+
+    function showScope() {
+      const own = state.samples.at(-1).clients;
+      const all = state.clients.length;
+      const text = `Figures and errors are of one process or machine: ${own} of ${all} clients.`;
+      setText(ui.scope, Math.abs(own - all) > all / 100 ? text : ""); // some come and go meanwhile
+    }
+
+    function valuesOf(metric) {
+      return state.samples.slice(1).map((sample, index) => {
+        const before = state.samples[index];
+        if (!metric.endsWith("_total")) return sample[metric];
+        // A counter that went down belongs to a server that was started again.
+        return Math.max(0, sample[metric] - before[metric]) / (sample.at - before.at);
+      });
+    }
+
+    function drawChart(figure) {
+      const [caption, svg] = figure.children;
+      const unit = figure.dataset.metric.endsWith("_total") ? "/s" : "";
+      const values = valuesOf(figure.dataset.metric);
+      if (values.length === 0) return;
+      const most = Math.max(...values);
+      const points = values.map((value, index) => {
+        const x = state.samples[index + 1].at - state.samples.at(-1).at;
+        return `${x} ${0.95 - (0.9 * value) / (most || 1)}`;
+      });
+      svg.firstElementChild.setAttribute("d", `M${points.join("L")}`);
+      const [now, peak] = [values.at(-1), most].map((value) => round(value) + unit);
+      setText(caption, `${now}\n${figure.ariaLabel}\npeak ${peak} in two minutes`);
+    }
+
+    function showErrors() {
+      ui.errors.replaceChildren();
+      for (const [type, count] of Object.entries(state.samples.at(-1).errors)) {
+        const recent = Math.max(0, count - (state.samples[0].errors[type] ?? 0));
+        const textContent = `${type}: ${count}, ${recent} in two minutes`;
+        if (count > 0) ui.errors.append(make("li", { textContent }));
+      }
+      if (!ui.errors.hasChildNodes()) ui.errors.append(make("li", { textContent: "None" }));
+    }
+
+    function showClients() {
+      if (ui.rows.matches(":active")) return; // a button is held down: it must not vanish
+      const text = ui.search.value.toLowerCase();
+      const found = state.clients.filter((client) => titleOf(client).toLowerCase().includes(text));
+      if (ui.slowest.checked) found.sort((one, other) => other.buffered_bytes - one.buffered_bytes);
+      const pages = Math.ceil(found.length / rowsPerPage) || 1;
+      const page = Math.min(Math.max(1, ui.page.value), pages);
+      setText(ui.count, `Clients: ${found.length.toLocaleString()}, page ${page} of ${pages}`);
+      const focused = ui.rows.querySelector(":focus");
+      ui.rows.replaceChildren();
+      found.slice(rowsPerPage * (page - 1), rowsPerPage * page).forEach(addRow);
+      if (focused) (document.getElementById(focused.id) ?? ui.table).focus({ preventScroll: true });
+    }
+
+    function addRow(client) {
+      const row = ui.rows.insertRow();
+      const counts = [client.messages_received, client.messages_sent, client.buffered_bytes];
+      for (const cell of [titleOf(client), client.node, new Date(client.connected_at), ...counts]) {
+        row.insertCell().textContent = cell.toLocaleString();
+      }
+      row.cells[0].role = "rowheader";
+      const message = makeButton("Message", client, writeTo);
+      row.insertCell().append(message, " ", makeButton("Disconnect", client, disconnect));
+    }
+
+    function makeButton(textContent, client, action) {
+      const ariaLabel = `${textContent} ${client.address}`;
+      const onclick = () => action(client);
+      return make("button", { id: textContent + client.id, textContent, ariaLabel, onclick });
+    }
+
+    function writeTo({ id }) {
+      ui.to.value = id;
+      ui.name.focus();
+    }
+
+    async function disconnect({ id, address }) {
+      if (!confirm(`Disconnect ${address}? It may connect again.`)) return;
+      await request(`clients/${id}`, { method: "DELETE" }).catch(({ message }) => alert(message));
+      state.listDue = 0;
+    }
+
+    async function announce() {
+      const fields = Object.fromEntries(new FormData(ui.announcement));
+      const payload = fields.payload || "null";
+      setText(ui.outcome, "");
+      try {
+        JSON.parse(payload);
+        // The payload goes out as it was typed: JavaScript would round large numbers.
+        const body = `{
+          "to": ${JSON.stringify(fields.to.trim())},
+          "event_name": ${JSON.stringify(fields.event_name)},
+          "message": ${JSON.stringify(fields.message || null)},
+          "payload": ${payload}
+        }`;
+        const answer = JSON.parse(await request("messages", { method: "POST", body }));
+        const count = `${answer.recipients}${answer.partial ? " or more" : ""}`;
+        setText(ui.outcome, `“${fields.event_name}” reached clients: ${count}.`);
+      } catch (error) {
+        setText(ui.outcome, error.message);
+      }
+    }
+
+    document.onsubmit = (event) => event.preventDefault();
+    window.onhashchange = start;
+    ui.credentials.onsubmit = () => signIn(ui.token.value.trim());
+    ui.announcement.onsubmit = announce;
+    ui.leave.onclick = () => signOut("");
+    ui.list.oninput = showClients;
+    start();
+  </script>
+</html>
+"""
 
 if __name__ == "__main__":
     main()
