@@ -1657,13 +1657,13 @@ _CONSOLE = r"""<!doctype html>
       <table id="table" aria-labelledby="count" tabindex="-1">
         <thead>
           <tr>
-            <th>Client</th>
-            <th>Node</th>
-            <th>Since</th>
-            <th>In</th>
-            <th>Out</th>
-            <th>Unsent</th>
-            <th>Actions</th>
+            <th scope="col">Client</th>
+            <th scope="col">Node</th>
+            <th scope="col">Since</th>
+            <th scope="col">In</th>
+            <th scope="col">Out</th>
+            <th scope="col">Unsent</th>
+            <th scope="col">Actions</th>
           </tr>
         </thead>
         <tbody id="rows"></tbody>
