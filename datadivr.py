@@ -1,8 +1,8 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "fastapi>=0.164.0",
-#     "uvicorn[standard]>=0.52.4",
+#     "fastapi>=0.115.0",
+#     "uvicorn[standard]>=0.30.0",
 #     "pydantic>=2.9.0",
 #     "structlog>=23.1.0",
 #     "prometheus-client>=0.20.0",
@@ -29,8 +29,8 @@ adds it to the `_Turn`: all that is published in one turn of the event loop. Whe
 import argparse
 import asyncio
 import base64
+import difflib
 import hashlib
-import hmac
 import inspect
 import itertools
 import json
@@ -44,30 +44,39 @@ import sys
 import time
 import uuid
 import zlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import Enum
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, NamedTuple, get_args
+from typing import Annotated, Any, ForwardRef, Generic, Literal, NamedTuple, get_args, get_origin
 from urllib.parse import parse_qs, urlsplit
 
 import structlog
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Request, Response, WebSocket
 from fastapi.concurrency import run_in_threadpool
+from fastapi.exception_handlers import http_exception_handler
 from fastapi.exceptions import RequestValidationError
+from fastapi.params import Depends as Dependency
+from fastapi.params import Param
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.multiprocess import MultiProcessCollector
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, TypeAdapter, ValidationError
-from pydantic_core import Url
+from pydantic_core import ErrorDetails, SchemaValidator, Url
+from pydantic_core.core_schema import ErrorType
+from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect, HTTPConnection
 from starlette.responses import HTMLResponse, PlainTextResponse
+from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from typing_extensions import TypeVar
+
+if sys.version_info >= (3, 14):
+    import annotationlib
 
 __all__ = [
     "Announcement", "App", "Client", "ClientInfo", "ClientPage", "HandlerType",
@@ -121,20 +130,39 @@ class _Settings(BaseModel, alias_generator=lambda name: f"DATADIVR_{name.upper()
 
 def _read_settings(environ: Mapping[str, str]) -> _Settings:
     """Read the settings from variables; ValueError names each that is wrong, but no secret."""
-    variables = {name: text for name, text in environ.items() if text}  # empty is not set
+    # An empty variable is not set, but for a secret that was not injected: it must not fail open.
+    variables = {name: text for name, text in environ.items() if text or name.endswith("_TOKEN")}
     try:
         return _Settings.model_validate(variables)
     except ValidationError as error:
         faults = []
         for detail in error.errors():
             name = str(detail["loc"][0])
-            is_secret = name.endswith(("TOKEN", "REDIS_URL"))
+            is_secret = name.endswith(("TOKEN", "REDIS_URL")) and variables[name]
             came = "" if is_secret else f" (it is {variables[name]!r})"
             faults.append(f"{name}: {detail['msg']}{came}")
         raise ValueError("; ".join(faults)) from None
 
 
 _settings = _read_settings(os.environ)
+_processors: list[Any] = [
+    structlog.contextvars.merge_contextvars,
+    structlog.processors.add_log_level,
+    structlog.processors.TimeStamper(fmt="iso", utc=True),
+    structlog.processors.format_exc_info,
+]
+
+
+def _format_uvicorns_log() -> None:
+    """Make uvicorn's own lines JSON too, where ours are and no format of its user's is set."""
+    renderer = structlog.processors.JSONRenderer()
+    formatter = structlog.stdlib.ProcessorFormatter(renderer, foreign_pre_chain=_processors)
+    handlers = logging.getLogger("uvicorn").handlers + logging.getLogger("uvicorn.access").handlers
+    for handler in handlers if _settings.log_format == "json" else ():
+        if type(handler.formatter).__module__ == "uvicorn.logging":
+            handler.setFormatter(formatter)
+
+
 if not structlog.is_configured():  # as the host project may have done
     # The default formatter of tracebacks shows local variables, and so payloads.
     _plain, _is_tty = structlog.dev.plain_traceback, sys.stdout.isatty()
@@ -142,20 +170,19 @@ if not structlog.is_configured():  # as the host project may have done
     if _settings.log_format == "json":
         _renderer = structlog.processors.JSONRenderer()
     structlog.configure(
-        processors=[
-            structlog.contextvars.merge_contextvars,
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.format_exc_info,
-            _renderer,
-        ],
+        processors=[*_processors, _renderer],
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, _settings.log_level)),
         logger_factory=structlog.stdlib.LoggerFactory(),  # whose handlers never raise
     )
     logging.getLogger("datadivr").setLevel(_settings.log_level)
     if not logging.getLogger("datadivr").hasHandlers():
         logging.getLogger("datadivr").addHandler(logging.StreamHandler(sys.stdout))
+    _format_uvicorns_log()
 _log = structlog.get_logger("datadivr")
+_variables = [str(field.alias) for field in _Settings.model_fields.values()]
+for _variable in os.environ.keys() - set(_variables):
+    for _meant in difflib.get_close_matches(_variable.upper(), _variables, 1, 0.89):
+        _log.critical("unknown_setting", variable=_variable, hint=f"perhaps {_meant} is meant")
 _warned_at: dict[tuple[str, object], float] = {}
 
 
@@ -168,11 +195,6 @@ def _warn(event: str, **fields: Any) -> None:
     else:
         _warned_at[key] = now
         _log.warning(event, **fields)
-
-
-def _count_error(code: str, **fields: Any) -> None:
-    _errors_total.labels(code).inc()
-    _warn(code, **fields)
 
 
 # ---- Messages ------------------------------------------------------------------------------------
@@ -205,28 +227,68 @@ class _ClientMessage(WebSocketMessage):
     event_name: _UnreservedEventName
 
 
+def _stop_early(schema: Any) -> Any:
+    """Have lists end at their first wrong item: all of a megabyte's take half a second."""
+    if type(schema) in (list, tuple):
+        return type(schema)(map(_stop_early, schema))
+    if isinstance(schema, dict):
+        kept = ("default", "metadata", "serialization")  # no schemas
+        parts = schema.items()
+        schema = {key: part if key in kept else _stop_early(part) for key, part in parts}
+        if schema.get("type") in ("list", "tuple", "set", "frozenset"):
+            schema["fail_fast"] = True
+    return schema
+
+
+# Kinds of errors whose sentence has nothing of the input in it, but for what a validator says.
+_PLAIN_ERRORS = {*get_args(ErrorType)} - {"import_error", "uuid_parsing"}
+
+
+class _Validator:
+    """What makes messages of one type; it says which fields are wrong, without the input."""
+
+    def __init__(self, message_type: Any, code: str) -> None:
+        schema = _stop_early(TypeAdapter(message_type).core_schema)
+        try:
+            self._validate = SchemaValidator(schema, _use_prebuilt=False).validate_json
+        except TypeError:  # pydantic before 2.12, which makes all of it anew
+            self._validate = SchemaValidator(schema).validate_json
+        self._schema = repr(schema)
+        self._code = code
+
+    def __call__(self, data: str | bytes) -> WebSocketMessage:
+        try:
+            message: WebSocketMessage = self._validate(data)
+            return message
+        except ValidationError as error:
+            text = f"{error.error_count()} fields are wrong"
+            if error.error_count() <= 20:  # a dict of a megabyte can have as many as it has keys
+                details = error.errors(include_input=False, include_url=False)
+                text = "; ".join(map(self._describe, details))[:500]
+            raise InvalidMessageFormat(text, self._code) from None
+
+    def _describe(self, detail: ErrorDetails) -> str:
+        path = []
+        for part in detail["loc"]:  # a key that is not of the schema is input
+            is_known = isinstance(part, int) or repr(part) in self._schema
+            path.append(str(part) if is_known else "*")
+        text = detail["msg"]
+        if detail["type"] == "union_tag_invalid":
+            text = f"Expected one of the tags {detail['ctx']['expected_tags']}"
+        elif detail["type"] not in _PLAIN_ERRORS:
+            text = f"Input is not valid ({detail['type']})"
+        return f"{'.'.join(path) or 'message'}: {text}"
+
+
+_validate_client_message = _Validator(_ClientMessage, "invalid_message")
 # Makes bytes, where `model_dump_json` makes text; raises PydanticSerializationError for a payload
 # that JSON cannot hold. NaN and infinity become null.
-_encode = TypeAdapter(WebSocketMessage).dump_json
+_encode = partial(TypeAdapter(WebSocketMessage).dump_json, by_alias=True)
 
 
 def parse_message(data: str | bytes) -> WebSocketMessage:
     """Make a message of the JSON that a client sent; InvalidMessageFormat names what is wrong."""
-    return _validate(_ClientMessage, data, "invalid_message")
-
-
-def _validate(kind: type[WebSocketMessage], data: str | bytes, code: str) -> WebSocketMessage:
-    """Make a message of a type, or say which fields are wrong, without the input."""
-    try:
-        return kind.model_validate_json(data)
-    except ValidationError as error:
-        faults = [f"{error.error_count()} fields are wrong"]
-        if error.error_count() <= 20:  # a list of a megabyte can have as many as it has items
-            faults.clear()
-            for detail in error.errors(include_input=False, include_url=False):
-                field = ".".join(map(str, detail["loc"])) or "message"
-                faults.append(f"{field}: {detail['msg']}")
-        raise InvalidMessageFormat("; ".join(faults), code) from None
+    return _validate_client_message(data)
 
 
 def create_message(
@@ -256,8 +318,8 @@ class HandlerType(Enum):
     BOTH = "both"
 
 
-# By the event's name: the handler, whether it runs in the event loop, its parameter's type.
-_Registry = dict[str, tuple[_Handler, bool, type[WebSocketMessage] | None]]
+# By the event's name: the handler, whether it runs in the event loop, what its payloads must be.
+_Registry = dict[str, tuple[_Handler, bool, _Validator | None]]
 _handlers: dict[HandlerType, _Registry] = {kind: {} for kind in HandlerType}
 
 
@@ -268,18 +330,23 @@ def websocket_handler(
 
     It takes a `WebSocketMessage` and returns one, which goes to its `to`, or None. A coroutine
     function runs in the event loop, which it must not block, a plain one in one of AnyIO's 40
-    threads. It holds up its own client alone, whose messages are handled one after the other.
-    `$connect` and `$disconnect` are the events of a client that came or went. Annotated
-    `WebSocketMessage[type]`, it runs for payloads of that type alone; for others, the sender gets
-    an `invalid_payload` error.
+    threads. `$connect` and `$disconnect` are the events of a client that came or went. Annotated
+    `WebSocketMessage[type]`, it runs for such payloads alone; others get an `invalid_payload`.
 
     Raises:
+        TypeError: it is written without parentheses, or the function does not take one message.
+        ValueError: no message can have this name.
         NameError: the annotation is text and names a type that is not there, or not yet.
     """
+    if not isinstance(event_name, str):
+        raise TypeError(f'write @websocket_handler("event"), got {event_name!r} as the event')
+    if not re.fullmatch(r"\$connect|\$disconnect|[^$][\s\S]{0,127}", event_name):
+        expected = "a name of 1 to 128 characters, without $ but for $connect and $disconnect"
+        raise ValueError(f"expected {expected}, got {event_name!r}")
 
     def register(handler: _HandlerT) -> _HandlerT:
         called = handler if inspect.isroutine(handler) else type(handler).__call__
-        registered = handler, inspect.iscoroutinefunction(called), _find_message_type(handler)
+        registered = handler, inspect.iscoroutinefunction(called), _find_validator(handler)
         for kind in HandlerType if handler_type is HandlerType.BOTH else (handler_type,):
             _handlers[kind][event_name] = registered
         return handler
@@ -287,21 +354,52 @@ def websocket_handler(
     return register
 
 
-def _find_message_type(handler: _Handler) -> type[WebSocketMessage] | None:
-    """Return the `WebSocketMessage[type]` that a handler's parameter is annotated with, or None."""
+def _find_validator(handler: _Handler) -> _Validator | None:
+    """Return what validates a handler's messages; None where these may have any payload."""
+    name = getattr(handler, "__name__", type(handler).__name__)
+    options: dict[str, Any] = {}
+    if sys.version_info >= (3, 14):  # which would evaluate all annotations
+        options["annotation_format"] = annotationlib.Format.FORWARDREF
     try:
-        parameter = next(iter(inspect.signature(handler, eval_str=True).parameters.values()))
+        called = inspect.signature(handler, follow_wrapped=False, **options)
+        parameter = next(iter(inspect.signature(handler, **options).parameters.values()), None)
     except ValueError:  # it is written in C
         return None
-    except Exception:  # it has none, or its annotation names what is not there
-        if "WebSocketMessage[" in str(inspect.signature(handler)):
-            raise
-        return None
-    found = set()
-    for kind in (parameter.annotation, *get_args(parameter.annotation)):  # Annotated, or | None
-        if isinstance(kind, type) and issubclass(kind, WebSocketMessage):
-            found.add(kind)
-    return found.pop() if len(found) == 1 and WebSocketMessage not in found else None
+    try:
+        called.bind(None)
+    except TypeError:
+        raise TypeError(f"{name}{called}: a handler takes one message") from None
+    for other in called.parameters.values():
+        if isinstance(other.default, (Dependency, Param)):
+            raise TypeError(f"{name}{called}: a handler takes one message, and no dependencies")
+    annotation = parameter.annotation if parameter is not None else None
+    function: Any = inspect.unwrap(getattr(handler, "func", handler))  # of a functools.partial
+    if not inspect.isroutine(function):
+        function = type(function).__call__
+    names = {"WebSocketMessage": WebSocketMessage, **getattr(function, "__globals__", {})}
+    try:
+        annotation = getattr(annotation, "__forward_arg__", annotation)
+        if isinstance(annotation, str):
+            annotation = eval(annotation, names)
+        if not _mentions_payload(annotation):
+            return None
+        return _Validator(annotation, "invalid_payload")
+    except Exception as error:
+        text = f"{name}: {annotation!r} has a name in it that is not defined, or not yet"
+        raise NameError(text) from error
+
+
+def _mentions_payload(annotation: Any) -> bool:
+    """Tell whether an annotation has a `WebSocketMessage[type]` in it; NameError for a text."""
+    if isinstance(annotation, (str, ForwardRef)):
+        raise NameError(annotation)
+    for name in ("__value__", "__supertype__", "__bound__"):  # of `type`, NewType, TypeVar
+        annotation = getattr(annotation, name, None) or annotation
+    if inspect.isclass(annotation) and issubclass(annotation, WebSocketMessage):
+        return annotation is not WebSocketMessage
+    if get_origin(annotation) is Annotated:
+        return _mentions_payload(get_args(annotation)[0])
+    return any(_mentions_payload(part) for part in get_args(annotation))
 
 
 def get_handlers(handler_type: HandlerType = HandlerType.SERVER) -> dict[str, _Handler]:
@@ -319,9 +417,9 @@ async def handle_msg(message: WebSocketMessage) -> WebSocketMessage | None:
     registered = _handlers[HandlerType.SERVER].get(message.event_name)
     if registered is None:
         return None if message.event_name.startswith("$") else message
-    handler, runs_in_loop, message_type = registered
-    if message_type is not None:
-        message = _validate(message_type, _encode(message), "invalid_payload")
+    handler, runs_in_loop, validator = registered
+    if validator is not None:
+        message = validator(_encode(message))
     with _handler_seconds.labels(message.event_name).time():
         answer = handler(message) if runs_in_loop else await run_in_threadpool(handler, message)
         if inspect.isawaitable(answer):
@@ -340,27 +438,31 @@ class _Numbers(BaseModel):
     numbers: list[Annotated[float, Field(allow_inf_nan=False)]]
 
 
+_validate_numbers = _Validator(WebSocketMessage[_Numbers], "invalid_payload")
+
+
 @websocket_handler("sum_event")
 async def sum_handler(message: WebSocketMessage) -> WebSocketMessage:
     """Answer `{"numbers": [...]}` with their sum, a float (`math.fsum`), or an error message."""
     try:
-        typed = _validate(WebSocketMessage[_Numbers], _encode(message), "invalid_payload")
-        total = math.fsum(typed.payload.numbers)
-    except (InvalidMessageFormat, OverflowError) as error:
-        is_too_large = isinstance(error, OverflowError)
-        text = "payload.numbers: Sum should be a finite number" if is_too_large else str(error)
-        _errors_total.labels("invalid_payload").inc()
-        return create_error_message(text, message.from_id, "invalid_payload")
-    return create_message("sum_handler_result", total, message.from_id)
+        numbers = _validate_numbers(_encode(message)).payload.numbers
+        return create_message("sum_handler_result", math.fsum(numbers), message.from_id)
+    except InvalidMessageFormat as error:
+        text = str(error)
+    except OverflowError:
+        text = "payload.numbers: Sum should be a finite number"
+    _errors_total.labels("invalid_payload").inc()
+    return create_error_message(text, message.from_id, "invalid_payload")
 
 
 # ---- Metrics -------------------------------------------------------------------------------------
 
 _MetricT = TypeVar("_MetricT", Counter, Gauge, Histogram)
-_MESSAGE_ERRORS = ("invalid_message", "invalid_payload", "unknown_recipient", "handler_error")
-_CLIENT_ERRORS = ("rate_limited", "message_too_big", "slow_client")
-_REFUSED_ERRORS = ("origin_refused", "unauthorized", "too_many_clients")
-_ERROR_TYPES = (*_MESSAGE_ERRORS, *_CLIENT_ERRORS, *_REFUSED_ERRORS, "redis")
+_ERROR_TYPES = (
+    "invalid_message", "invalid_payload", "unknown_recipient", "handler_error", "rate_limited",
+    "message_too_big", "slow_client", "origin_refused", "unauthorized", "too_many_clients",
+    "admin_unauthorized", "redis",
+)  # fmt: skip
 
 
 def _declare(kind: type[_MetricT], name: str, text: str, *labels: str, **options: Any) -> _MetricT:
@@ -392,7 +494,8 @@ def _collect_metrics() -> CollectorRegistry:
     folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
     if not folder:
         return REGISTRY
-    for path in Path(folder).glob("gauge_live*_[0-9]*.db"):
+    # A worker that was killed leaves its gauges. (On Windows, to ask for it would be Ctrl+C.)
+    for path in Path(folder).glob("gauge_live*_[0-9]*.db") if os.name == "posix" else ():
         with suppress(PermissionError):  # it runs, as another user
             try:
                 os.kill(int(path.stem.rpartition("_")[2]), 0)
@@ -432,22 +535,12 @@ def _frame_compressed(payload: bytes) -> bytes:
     return _frame(payload)
 
 
-def _unframe(data: bytes) -> Iterator[tuple[int, bytes]]:
-    start = 0
-    while start < len(data):
-        first, length = data[start : start + 2]
-        start += 2
-        if length > 125:
-            size = 2 if length == 126 else 8
-            length = int.from_bytes(data[start : start + size])
-            start += size
-        yield first, data[start : start + length]
-        start += length
+def _end_line(payload: bytes) -> bytes:
+    """Mark a payload's end, for servers that make the frames themselves: JSON has no line feed."""
+    return payload + b"\n"
 
 
 # ---- Connections ---------------------------------------------------------------------------------
-
-_CLOSE_SECONDS = 2.0  # how long a client has to read what is unsent and to answer a close frame
 
 
 class _UvicornConnection:
@@ -469,7 +562,13 @@ class _UvicornConnection:
         self.write: Callable[[bytes], None] = protocol.transport.write
         self.abort: Callable[[], None] = protocol.transport.abort
         self.framing: _Framing = _frame
-        self.close_reason()  # it has what that needs
+        # uvicorn answers pings into the transport: who leaves that unread is not read either.
+        limit = _settings.max_buffer_bytes
+        protocol.transport.set_write_buffer_limits(limit, limit)
+        protocol.pause_writing = self._pause
+        protocol.resume_writing = self._resume
+        self._resume()
+        self.close_reason()  # what these two need is there
         connection = protocol.conn
         for extension in connection.extensions if _settings.compress_min_bytes else ():
             if extension.local_max_window_bits >= _WINDOW_BITS:  # it is permessage-deflate
@@ -480,6 +579,18 @@ class _UvicornConnection:
         # websockets inflates all frames of one read before this file sees the first of them.
         limit = _settings.max_message_bytes
         connection.max_message_size = min(connection.max_message_size or limit, limit)
+
+    def _pause(self) -> None:
+        self._protocol.writable.clear()  # uvicorn's `send`, which a host's endpoint may call, waits
+        self._protocol.transport.pause_reading()
+
+    def _resume(self) -> None:
+        self._protocol.writable.set()
+        if not self._protocol.read_paused:  # by uvicorn, whose queue is not empty
+            self._protocol.transport.resume_reading()
+
+    def close(self, code: int, reason: str) -> None:
+        self.write(_frame(struct.pack("!H", code) + reason.encode(), _CLOSE))
 
     def close_reason(self) -> str:
         """Return why the connection ended, unless it was this file that closed it."""
@@ -505,23 +616,24 @@ class _AsgiConnection:
     """What carries frames to a client of any other server: ASGI's `send`, in a task a client."""
 
     def __init__(self, websocket: WebSocket, protocol: Any) -> None:
-        self.framing: _Framing = _frame
+        self.framing: _Framing = _end_line
         self._websocket = websocket
-        self._protocol = protocol
+        self._transport = getattr(protocol, "transport", None)  # uvicorn's with --ws wsproto
+        self._is_closed = False
         self._unsent = 0
-        self._queue: asyncio.Queue[bytes] = asyncio.Queue()
-        self._reader: asyncio.Future[Message] = asyncio.Future()
+        self._queue: asyncio.Queue[bytes | tuple[int, str]] = asyncio.Queue()
+        self._reader: asyncio.Future[Any] = asyncio.Future()
         self._writer = asyncio.create_task(self._write_queue())
         self.is_closing: Callable[[], bool] = self._writer.done
-        self.finish: Callable[[], object] = self._writer.cancel
         self.close_reason: Callable[[], str] = lambda: "client"
 
     async def receive(self) -> Message:
         """Return the next ASGI message, or a disconnect once this side has closed."""
-        reader = self._reader = asyncio.ensure_future(self._websocket.receive())
+        reader = asyncio.ensure_future(self._websocket.receive())
+        self._reader = reader
         try:
             await asyncio.wait((reader, self._writer), return_when=asyncio.FIRST_COMPLETED)
-            if reader.done() and not reader.cancelled():
+            if reader.done() and not self._is_closed:
                 return reader.result()
         finally:
             reader.cancel()
@@ -529,28 +641,42 @@ class _AsgiConnection:
         return {"type": "websocket.disconnect"}
 
     def unsent(self) -> int:
-        return self._unsent
+        if self._transport is None or self._transport.is_closing():
+            return self._unsent
+        return self._unsent + int(self._transport.get_write_buffer_size())
 
     def write(self, data: bytes) -> None:
         self._unsent += len(data)
         self._queue.put_nowait(data)
 
+    def close(self, code: int, reason: str) -> None:
+        self._queue.put_nowait((code, reason))
+
     def abort(self) -> None:
         self._writer.cancel()
-        if hasattr(self._protocol, "transport"):  # uvicorn's with --ws wsproto has one
-            self._protocol.transport.abort()
+        if self._transport is not None:
+            self._transport.abort()
+
+    def finish(self) -> None:
+        self._writer.cancel()
+        self._reader = asyncio.ensure_future(self._read_rest())
+
+    async def _read_rest(self) -> None:
+        """Read what nobody will look at: hypercorn cannot close before it has passed that on."""
+        with suppress(TimeoutError, RuntimeError):  # which receive raises once the client has gone
+            async with asyncio.timeout(_CLOSE_SECONDS):
+                while True:
+                    await self._websocket.receive()
 
     async def _write_queue(self) -> None:
         try:
-            while True:
-                data = await self._queue.get()
-                for first, payload in _unframe(data):
-                    if first == _CLOSE:
-                        self._reader.cancel()  # or granian never sends the close frame
-                        code, reason = int.from_bytes(payload[:2]), payload[2:].decode()
-                        return await self._websocket.close(code, reason)
-                    await self._websocket.send_text(payload.decode())
+            while isinstance(data := await self._queue.get(), bytes):
+                for text in data.decode().split("\n")[:-1]:
+                    await self._websocket.send_text(text)
                 self._unsent -= len(data)
+            self._is_closed = True
+            self._reader.cancel()  # or granian never sends the close frame
+            await self._websocket.close(*data)
         except Exception as error:  # servers differ in what a send to a client that went raises
             _log.debug("asgi_send_failed", error=repr(error))
 
@@ -580,6 +706,7 @@ class Client:
     connection: _UvicornConnection | _AsgiConnection
     messages_received: int = 0
     messages_sent: int = 0  # to it
+    left_because: str = ""  # a reason that the metrics count, once it has left
     is_closed: bool = False  # by this side, so that what it still sends is ignored
     second_began: float = -math.inf
     messages_this_second: int = 0
@@ -598,15 +725,10 @@ class Client:
             self.messages_this_second = 0
         self.messages_this_second += 1
         if self.messages_this_second == limit + 1:  # it is told once a second
-            self.report("rate_limited", f"More than {limit} messages a second: dropped.")
+            _report(self.id, "rate_limited", f"More than {limit} messages a second: dropped.")
         elif self.messages_this_second > limit:
             _errors_total.labels("rate_limited").inc()
         return self.messages_this_second > limit
-
-    def report(self, code: str, text: str, **fields: Any) -> None:
-        """Count and log an error of this client's, and tell it."""
-        _count_error(code, client_id=self.id, error=text, **fields)
-        _room.publish(self.id, _encode(create_error_message(text, self.id, code)))
 
 
 _UNKNOWN_RECIPIENT = "unknown_recipient", "No client with the id in `to` is connected."
@@ -620,6 +742,7 @@ _GATHER_CLIENTS = 16  # with fewer, a turn of the loop costs more than a second 
 _GATHER_TURNS = 8
 _GATHER_BYTES = 16384  # with more, clients would have nothing to do while they wait
 _SWEEP_SECONDS = 1.0
+_CLOSE_SECONDS = 2.0  # how long a client has to read what is unsent and to answer a close frame
 
 
 class _Turn:
@@ -634,8 +757,8 @@ class _Turn:
         self.messages: list[bytes] = []
         self.edits: dict[Client, list[tuple[int, bytes | None]]] = {}
         self.size = 0  # bytes of all messages, those to one client among them
-        # By framing: the frames of all messages, and how many these are; where each starts.
-        self.shared: dict[_Framing, tuple[bytes, int]] = {}
+        # By framing: the frames of all messages, and where each starts.
+        self.shared: dict[_Framing, bytes] = {}
         self._starts: dict[_Framing, list[int]] = {}
 
     def add(self, message: bytes, left_out: Client | None = None) -> None:
@@ -651,7 +774,11 @@ class _Turn:
     def frames_for(self, client: Client) -> tuple[bytes, int]:
         """Return the frames that a client gets, and how many messages these are."""
         framing = client.connection.framing
-        joined, count = self.shared.get(framing) or self._join(framing)
+        if framing not in self.shared:
+            frames = [framing(message) for message in self.messages]
+            self.shared[framing] = b"".join(frames)
+            self._starts[framing] = list(itertools.accumulate(map(len, frames), initial=0))
+        joined, count = self.shared[framing], len(self.messages)
         if client not in self.edits:
             return joined, count
         starts = self._starts[framing]
@@ -669,12 +796,6 @@ class _Turn:
                 count += 1
         parts.append(view[starts[next_place] :])
         return b"".join(parts), count
-
-    def _join(self, framing: _Framing) -> tuple[bytes, int]:
-        frames = [framing(message) for message in self.messages]
-        self._starts[framing] = list(itertools.accumulate(map(len, frames), initial=0))
-        self.shared[framing] = b"".join(frames), len(frames)
-        return self.shared[framing]
 
 
 class _Room:
@@ -704,9 +825,6 @@ class _Room:
         self.turn = _Turn()
         loop.call_later(_SWEEP_SECONDS, self._sweep, self.node)
         _peers.start()
-
-    def is_full(self) -> bool:
-        return 0 < _settings.max_clients <= len(clients) + self.arriving
 
     def join(self, client: Client) -> None:
         self.flush()  # what was published before it came is not for it
@@ -750,12 +868,12 @@ class _Room:
         for client in tuple(recipients):
             connection = client.connection
             if connection.is_closing() or connection.unsent() > limit:
-                self._check(client)
+                self.check(client)
                 continue
             if client in edits or connection.framing not in shared:
                 frames, count = turn.frames_for(client)
             else:  # most clients: the first with this framing has filled it
-                frames, count = shared[connection.framing]
+                frames, count = shared[connection.framing], len(turn.messages)
             connection.write(frames)
             client.messages_sent += count
             sent += count
@@ -763,7 +881,7 @@ class _Room:
         _sent_total.inc(sent)
         _bytes_sent_total.inc(sent_bytes)
 
-    def _check(self, client: Client) -> None:
+    def check(self, client: Client) -> None:
         """Drop a client whose connection has ended, or who does not keep up."""
         if client.connection.is_closing():
             self.leave(client, client.connection.close_reason())
@@ -776,7 +894,7 @@ class _Room:
         if node == self.node:
             self.loop.call_later(_SWEEP_SECONDS, self._sweep, node)
             for client in tuple(clients.values()):
-                self._check(client)
+                self.check(client)
 
     def leave(self, client: Client, reason: str, code: int = 0, text: str = "") -> None:
         """Forget a client, the one way out; a code closes it behind what was published so far."""
@@ -785,9 +903,10 @@ class _Room:
         if clients.pop(client.id, None) is None:
             return
         self.turn.edits.pop(client, None)
+        client.left_because = reason
         client.is_closed = bool(code)
         if code and not client.connection.is_closing():
-            client.connection.write(_frame(struct.pack("!H", code) + text.encode(), _CLOSE))
+            client.connection.close(code, text)
         # A client that does not read would keep its socket open for as long as it likes.
         self.loop.call_later(_CLOSE_SECONDS, client.connection.abort)
         _connected.dec()
@@ -797,40 +916,50 @@ class _Room:
         _log.info("client_disconnected", client_id=client.id, reason=reason)
 
 
-_room = _Room()
-
-
 class _Peers:
     """The other processes of this server: none, unless `_Cluster` takes the place of this."""
 
     def start(self) -> None: ...
-
     async def wait_until_known(self) -> None: ...
-
     async def stop(self) -> None: ...
 
-    def publish(self, to: str, message: bytes, asker: Client | None) -> None:
+    def publish(self, to: str, message: bytes, asker_id: str) -> None:
         """Send a message to all their clients, or to an id; who asked is told if nobody has it."""
-        if asker is not None:
-            asker.report(*_UNKNOWN_RECIPIENT)
+        if asker_id:
+            _report(asker_id, *_UNKNOWN_RECIPIENT)
 
-    async def ask(self, to: str, request: list[Any]) -> tuple[list[Any], bool]:
+    async def ask(self, request: Sequence[Any]) -> tuple[list[Any], bool]:
         """Have all, or who holds a client, perform a request; tell if an answer is missing."""
         return [], False
 
 
+_room = _Room()
 _peers = _Peers()
 
 
-def _publish(message: WebSocketMessage, sender: Client | None, asker: Client | None) -> int:
-    """Send a message to its `to`; `asker` is told if that is an id that nobody has."""
+def _publish(message: WebSocketMessage, sender: Client | None = None, asker_id: str = "") -> int:
+    """Send a message to its `to`; who asked for that is told if it is an id that nobody has."""
     data = _encode(message)
+    limit = _settings.max_message_bytes
+    # 128 bytes more are for the keys that the server adds to what a client sent.
+    is_longer = len(data) > limit + 128 and message.from_id == asker_id
+    if is_longer and message.event_name not in _handlers[HandlerType.SERVER]:
+        text = f"The limit is {limit} bytes, as it would go out: dropped."
+        _report(asker_id, "message_too_big", text)
+        return 0
     count = _room.publish(message.to, data, sender)
     if message.to in _EVERYBODY:
-        _peers.publish("all", data, None)  # their "others" too, for the sender is here
+        _peers.publish("all", data, "")  # their "others" too, for the sender is here
     elif not count:
-        _peers.publish(message.to, data, asker)
+        _peers.publish(message.to, data, asker_id)
     return count
+
+
+def _report(client_id: str, code: str, text: str, **fields: Any) -> None:
+    """Count and log an error of a client's, and tell it."""
+    _errors_total.labels(code).inc()
+    _warn(code, client_id=client_id, error=text, **fields)
+    _publish(create_error_message(text, client_id, code))
 
 
 async def broadcast(message: WebSocketMessage, sender: WebSocket | None = None) -> int:
@@ -844,57 +973,52 @@ async def broadcast(message: WebSocketMessage, sender: WebSocket | None = None) 
         PydanticSerializationError: the payload holds something that JSON cannot.
         RuntimeError: clients are connected in another event loop.
     """
+    if _room.loop is not asyncio.get_running_loop():
+        _warn("broadcast_to_nobody", hint="other programs send with POST /messages")
     _room.enter()
     client_id = sender.scope.get("datadivr.client_id", "") if sender is not None else ""
-    return _publish(message, clients.get(client_id), None)
+    return _publish(message, clients.get(client_id))
 
 
 # ---- The WebSocket endpoint ----------------------------------------------------------------------
 
 _YIELD_BYTES = 65536  # what one client may send, or 16 messages, before the others' turn comes
 _WEB_SCHEMES = ("http", "https", "ws", "wss")
-_ASK_FOR_TOKEN = {"WWW-Authenticate": "Bearer"}
-# By the status of the refusal: the type of error that is counted, and what helps.
-_REFUSALS = {
-    401: ("unauthorized", "a client must bring DATADIVR_CLIENT_TOKEN"),
-    403: ("origin_refused", "add it to DATADIVR_ALLOWED_ORIGINS to let it in"),
-    503: ("too_many_clients", "DATADIVR_MAX_CLIENTS is the limit"),
-}
 
 
-def _is_allowed_origin(text: str, host: str) -> bool:
+def _is_allowed_origin(text: str, connection: HTTPConnection) -> bool:
     """Tell whether a page's origin is listed, or of the host that its request is for."""
-    allowed = _settings.allowed_origins
-    try:
+    with suppress(ValueError):  # it is none, or what is in `Host` is none
         origin = _normalise_origin(text)
-        if "*" in allowed or origin in allowed:
+        if origin in _settings.allowed_origins:
             return True
         scheme = origin.partition("://")[0]
-        return scheme in _WEB_SCHEMES and origin == _normalise_origin(f"{scheme}://{host}")
-    except ValueError:
-        return "*" in allowed
+        own = _normalise_origin(f"{scheme}://{connection.headers.get('host', '')}")
+        if scheme in _WEB_SCHEMES and origin == own and not _is_rebound(connection):
+            return True
+    return "*" in _settings.allowed_origins
 
 
-def _find_refusal(websocket: HTTPConnection) -> HTTPException | None:
-    """Return how a client is refused; None for one that may come in."""
-    origin = websocket.headers.get("origin")
-    if origin is not None and not _is_allowed_origin(origin, websocket.headers.get("host", "")):
-        return HTTPException(403, f"Origin {origin} is not allowed.")
-    if _settings.client_token is not None:
-        expected = _settings.client_token.encode()
-        scheme, _, token = websocket.headers.get("authorization", "").partition(" ")
-        offered = websocket.scope.get("subprotocols", [])
-        if scheme.lower() != "bearer" and len(offered) > 1:
-            scheme, token = offered[:2]
-        if scheme.lower() != "bearer" or not hmac.compare_digest(token.strip().encode(), expected):
-            return HTTPException(401, "A client token is needed.", _ASK_FOR_TOKEN)
-    return None
+def _is_rebound(connection: HTTPConnection) -> bool:
+    """Tell whether a page may have its own name point to this machine (DNS rebinding).
+
+    What comes in on a loopback address is for localhost, for an address, or for a listed host.
+    """
+    server, _ = connection.scope.get("server") or ("", 0)
+    is_loopback = server.removeprefix("::ffff:").startswith("127.") or server == "::1"
+    host = re.sub(r":\d+$", "", connection.headers.get("host", "localhost").lower()).rstrip(".")
+    is_address = host.startswith("[") or host.replace(".", "").isdigit()
+    is_local = is_address or host == "localhost" or host.endswith(".localhost")
+    allowed = _settings.allowed_origins
+    is_listed = "*" in allowed or host in [urlsplit(origin).hostname for origin in allowed]
+    return is_loopback and not is_local and not is_listed
 
 
-def _counted(refusal: HTTPException) -> HTTPException:
-    code, hint = _REFUSALS[refusal.status_code]
-    _count_error(code, error=refusal.detail, hint=hint)
-    return refusal
+def _refuse(status: int, code: str, text: str, hint: str) -> HTTPException:
+    """Count and log that a client may not come in; return what says so."""
+    _errors_total.labels(code).inc()
+    _warn(code, error=text, hint=hint)
+    return HTTPException(status, text, {"WWW-Authenticate": "Bearer"} if status == 401 else None)
 
 
 async def authorize_client(websocket: WebSocket) -> None:
@@ -904,15 +1028,32 @@ async def authorize_client(websocket: WebSocket) -> None:
     (RFC 6454) must be that of the request's `Host`, or listed (`DATADIVR_ALLOWED_ORIGINS`). The
     token comes in `Authorization: Bearer` or as the second of the subprotocols `["bearer", token]`.
     """
-    refusal = _find_refusal(websocket)
-    if refusal is not None:
-        raise _counted(refusal)
+    origin = websocket.headers.get("origin")
+    if origin is not None and not _is_allowed_origin(origin, websocket):
+        hint = "add it to DATADIVR_ALLOWED_ORIGINS to let it in"
+        raise _refuse(403, "origin_refused", f"Origin {origin} is not allowed.", hint)
+    if _settings.client_token is not None:
+        scheme, _, token = websocket.headers.get("authorization", "").partition(" ")
+        offered = websocket.scope.get("subprotocols", [])
+        if scheme.lower() != "bearer" and len(offered) > 1:
+            scheme, token = offered[:2]
+        given = token.strip() if scheme.lower() == "bearer" else ""
+        if not secrets.compare_digest(given.encode(), _settings.client_token.encode()):
+            hint = "a client must bring DATADIVR_CLIENT_TOKEN"
+            raise _refuse(401, "unauthorized", "A client token is needed.", hint)
 
 
 async def websocket_endpoint(websocket: WebSocket) -> None:
     """Do `authorize_client`, then `handle_connection`; each may raise an HTTPException."""
     await authorize_client(websocket)
     await handle_connection(websocket)
+
+
+def _format_address(websocket: WebSocket) -> str:
+    client, port = websocket.client or ("", 0)
+    host = client or ""  # uvicorn before 0.31 has None where it trusts the client's address
+    host = f"[{host}]" if ":" in host else host
+    return f"{host}:{port}" if port else host  # a proxy does not pass on the port
 
 
 async def handle_connection(websocket: WebSocket, subprotocol: str | None = None) -> None:
@@ -925,8 +1066,9 @@ async def handle_connection(websocket: WebSocket, subprotocol: str | None = None
         RuntimeError: other clients are connected in another event loop.
     """
     _room.enter()
-    if _room.is_full():
-        raise _counted(HTTPException(503, f"{_settings.max_clients} clients are connected."))
+    if 0 < _settings.max_clients <= len(clients) + _room.arriving:
+        text = f"{_settings.max_clients} clients are connected."
+        raise _refuse(503, "too_many_clients", text, "DATADIVR_MAX_CLIENTS is the limit")
     if subprotocol is None and websocket.scope.get("subprotocols", [])[:1] == ["bearer"]:
         subprotocol = "bearer"
     _room.arriving += 1  # or more than DATADIVR_MAX_CLIENTS could come in at once
@@ -936,18 +1078,19 @@ async def handle_connection(websocket: WebSocket, subprotocol: str | None = None
         _room.arriving -= 1
     random = str(uuid.uuid4())  # the rest of a UUID of version 8 (RFC 9562, 5.8)
     client_id = f"{_room.node}{random[8:14]}8{random[15:]}"
-    address = f"{websocket.client.host}:{websocket.client.port}" if websocket.client else ""
+    address = _format_address(websocket) or client_id
     now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
     client = Client(client_id, _room.node, address, now, _open_connection(websocket))
     websocket.scope["datadivr.client_id"] = client_id
     _room.join(client)
     try:
-        await _handle(client, WebSocketMessage(event_name="$connect", from_id=client_id))
+        await _handle(client, WebSocketMessage(event_name="$connect"))
         await _read_messages(client)
     finally:
         _room.leave(client, client.connection.close_reason())
         client.connection.finish()
-        await _handle(client, WebSocketMessage(event_name="$disconnect", from_id=client_id))
+        went = WebSocketMessage(event_name="$disconnect", payload=client.left_because)
+        await _handle(client, went)
 
 
 async def _read_messages(client: Client) -> None:
@@ -960,6 +1103,9 @@ async def _read_messages(client: Client) -> None:
         if allowance <= 0:  # a queue that is not empty lets nobody else run
             allowance = _YIELD_BYTES
             await asyncio.sleep(0)
+            _room.check(client)
+        if client.left_because == "slow_client":
+            return  # who does not read is not read any more
         if client.is_closed:
             continue
         client.messages_received += 1
@@ -973,27 +1119,26 @@ async def _read_messages(client: Client) -> None:
         try:
             message = parse_message(data)
         except InvalidMessageFormat as error:
-            client.report(error.code, str(error))
+            _report(client.id, error.code, str(error))
             continue
-        message.from_id = client.id
         await _handle(client, message)
 
 
 async def _handle(client: Client, message: WebSocketMessage) -> None:
-    """Run the handler of a client's message, and publish the answer."""
+    """Run the handler of a client's message, or of its event, and publish the answer."""
+    message.from_id = client.id
     try:
-        answer = await handle_msg(message)
-        if answer is not None:
-            _publish(answer, client, client)
+        if (answer := await handle_msg(message)) is not None:
+            _publish(answer, client, client.id)
     except (Exception, asyncio.CancelledError) as error:
         if isinstance(error, InvalidMessageFormat) and error.code == "invalid_payload":
-            client.report(error.code, str(error), event_name=message.event_name)
+            _report(client.id, error.code, str(error), event_name=message.event_name)
             return
         task = asyncio.current_task()
         if task is not None and task.cancelling():
             raise  # it is this connection that is cancelled, not what the handler awaited
         text = f"The handler of {message.event_name!r} failed."
-        client.report("handler_error", text, event_name=message.event_name, exc_info=True)
+        _report(client.id, "handler_error", text, event_name=message.event_name, exc_info=True)
 
 
 # ---- The admin API -------------------------------------------------------------------------------
@@ -1042,8 +1187,9 @@ def _admin_token() -> str:
     if _settings.admin_token is not None:
         return _settings.admin_token
     token = secrets.token_urlsafe(32)
-    console, hint = f"/console#token={token}", "DATADIVR_ADMIN_TOKEN chooses it"
-    _log.warning("admin_token_generated", token=token, console=console, hint=hint)
+    page = f"/console#token={token}"  # is signed in; what follows # goes to no server
+    hint = "DATADIVR_ADMIN_TOKEN chooses it"
+    _log.critical("admin_token_generated", token=token, console=page, hint=hint)  # at any level
     return token
 
 
@@ -1053,13 +1199,14 @@ _Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
 
 async def _authorize_admin(credentials: _Credentials) -> None:
     given = credentials.credentials if credentials is not None else ""
-    if not hmac.compare_digest(given.encode(), _admin_token().encode()):
-        _errors_total.labels("unauthorized").inc()
-        raise HTTPException(401, "The admin token is needed.", _ASK_FOR_TOKEN)
+    if not secrets.compare_digest(given.encode(), _admin_token().encode()):
+        hint = "DATADIVR_ADMIN_TOKEN, or the one in the log, opens the admin API"
+        raise _refuse(401, "admin_unauthorized", "The admin token is needed.", hint)
 
 
 @asynccontextmanager
 async def _lifespan(_: FastAPI) -> AsyncIterator[None]:
+    _format_uvicorns_log()  # which `uvicorn.run` has set since
     _admin_token()
     _room.enter()
     await _peers.wait_until_known()
@@ -1067,13 +1214,13 @@ async def _lifespan(_: FastAPI) -> AsyncIterator[None]:
     await _peers.stop()
 
 
-def _perform(request: list[Any]) -> Any:
+def _perform(request: Sequence[Any]) -> Any:
     """Perform a request here, whichever process it came to; None if it is not for here."""
     match request:
         case ["list", _, limit, after]:
-            found = {client.connected_at + client.id: client for client in clients.values()}
-            keys = sorted(key for key in found if key > after)[: limit + 1]
-            return len(clients), {key: _describe_client(found[key]) for key in keys}
+            found = [(client.connected_at + client.id, client) for client in clients.values()]
+            page = sorted(entry for entry in found if entry[0] > after)[: limit + 1]
+            return len(clients), [[key, _describe_client(client)] for key, client in page]
         case ["publish", to, text] if to in clients or to in _EVERYBODY:
             return _room.publish(to, text.encode())
         case ["get", to] if to in clients:
@@ -1088,12 +1235,11 @@ def _describe_client(client: Client) -> Any:
     return {name: getattr(client, name) for name in ClientInfo.model_fields}
 
 
-async def _ask(verb: str, to: str, *arguments: Any) -> tuple[list[Any], bool]:
+async def _ask(*request: Any) -> tuple[list[Any], bool]:
     """Have all, or who holds a client, perform a request; tell if an answer is missing."""
     _room.enter()
-    request = [verb, to, *arguments]
     own_answer = _perform(request)
-    others, partial = await _peers.ask(to, request)
+    others, partial = await _peers.ask(request)
     answers = [answer for answer in (own_answer, *others) if answer is not None]
     if not answers and partial:
         raise HTTPException(503, "The node that holds this client does not answer.")
@@ -1118,15 +1264,12 @@ _admin = APIRouter(dependencies=[Depends(_authorize_admin)], responses={401: _DE
 async def _list_clients(limit: _PageSize = 100, after: _After = "") -> Any:
     """List the connected clients, oldest first; `after` is the `next` of a page."""
     answers, partial = await _ask("list", "all", limit, after)
-    found: dict[str, Any] = {}
-    for _, page in answers:
-        found |= page
-    keys = sorted(found)
+    found = sorted(itertools.chain.from_iterable(page for _, page in answers))
     return {
         "total": sum(count for count, _ in answers),
-        "next": keys[limit - 1] if len(keys) > limit else None,
+        "next": found[limit - 1][0] if len(found) > limit else None,
         "partial": partial,
-        "clients": [found[key] for key in keys[:limit]],
+        "clients": [client for _, client in found[:limit]],
     }
 
 
@@ -1171,6 +1314,7 @@ async def _post_message(request: Request) -> Any:
     return {"recipients": sum(counts), "partial": partial}
 
 
+@router.head("/metrics", include_in_schema=False)
 @router.get(
     "/metrics",
     response_class=PlainTextResponse,
@@ -1181,11 +1325,19 @@ async def _get_metrics(request: Request, credentials: _Credentials) -> Response:
     """Report the metrics in Prometheus' text format, or in OpenMetrics where that is asked for."""
     if _settings.protect_metrics:
         await _authorize_admin(credentials)
-    generate, content_type = choose_encoder(request.headers.get("accept", ""))
+    elif _is_rebound(request):
+        host = request.headers["host"]
+        hint = "add http:// and the host to DATADIVR_ALLOWED_ORIGINS to let it in"
+        raise _refuse(403, "origin_refused", f"Host {host} is not allowed.", hint)
+    try:
+        generate, content_type = choose_encoder(request.headers.get("accept", ""))
+    except TypeError:  # it asks for a version that is no number
+        generate, content_type = choose_encoder("")
     text = await asyncio.to_thread(lambda: generate(_collect_metrics()))  # files take their time
     return Response(text, media_type=content_type)
 
 
+@router.head("/healthz", include_in_schema=False)
 @router.get("/healthz")
 async def _get_health() -> dict[str, str]:
     """Say that the server answers."""
@@ -1193,15 +1345,19 @@ async def _get_health() -> dict[str, str]:
 
 
 @router.websocket("/ws", dependencies=[Depends(authorize_client)])
+@router.websocket("/ws/", dependencies=[Depends(authorize_client)])
 async def _serve_client(websocket: WebSocket) -> None:
     await handle_connection(websocket)
 
 
-router.include_router(_admin)
+@router.get("/ws", include_in_schema=False)
+async def _ask_for_upgrade() -> None:
+    text = "Expected a WebSocket handshake: a proxy must pass on `Upgrade` and `Connection`."
+    raise HTTPException(426, text, {"Upgrade": "websocket"})
 
 
-@router.get("/console", include_in_schema=False)
-@router.get("/console/", include_in_schema=False)
+@router.api_route("/console", methods=["GET", "HEAD"], include_in_schema=False)
+@router.api_route("/console/", methods=["GET", "HEAD"], include_in_schema=False)
 async def _get_console() -> HTMLResponse:
     """Serve the console: a page without data, which uses nothing but this API and its token."""
     sources = []
@@ -1221,38 +1377,56 @@ async def _get_console() -> HTMLResponse:
 # ---- The application -----------------------------------------------------------------------------
 
 
+async def _answer_refusal(connection: Any, error: Any) -> Any:
+    """Answer an HTTPException, a WebSocket's too, as a Starlette before 0.41 does not."""
+    response = await http_exception_handler(connection, error)
+    if not isinstance(connection, WebSocket):
+        return response
+    await connection.send_denial_response(response)
+    return None
+
+
 class App(FastAPI):
     """A FastAPI application that serves clients of `/ws` without FastAPI's own stack.
 
     That saves a third of an idle client's memory and arrival. It is done innermost, so what wraps
-    the stack sees these clients too (FastAPI's telemetry does not). Middleware, an override, a
-    route before `/ws` or a refusal: then the stack serves.
+    the stack sees these clients too (FastAPI's telemetry does not). With middleware, an override, a
+    handler of exceptions or a route before `/ws`, the stack serves.
     """
 
     def build_middleware_stack(self) -> ASGIApp:
         stack = super().build_middleware_stack()
 
         async def serve(scope: Scope, receive: Receive, send: Send) -> None:
-            if scope["type"] == "websocket" and self._needs_no_stack(scope):
-                await handle_connection(WebSocket(scope, receive, send))
+            is_websocket = scope["type"] == "websocket"
+            if is_websocket and not self._needs_stack(scope):
+                websocket = WebSocket(scope, receive, send)
+                try:
+                    await authorize_client(websocket)
+                    await handle_connection(websocket)
+                except HTTPException as error:
+                    await _answer_refusal(websocket, error)
             else:
                 await stack(scope, receive, send)
-                _UvicornConnection.finish_refusal(receive)
+                if is_websocket and isinstance(scope.get("endpoint"), StaticFiles | None):
+                    _warn("no_such_path", path=scope["path"], hint="clients connect to /ws")
+            _UvicornConnection.finish_refusal(receive)
 
         return serve
 
-    def _needs_no_stack(self, scope: Scope) -> bool:
-        path = scope["path"].removeprefix(scope.get("root_path", ""))
-        routes = self.router.routes[: len(_APP_ROUTES)], router.routes[: len(_ROUTER_ROUTES)]
-        is_changed = self.user_middleware or self.dependency_overrides
-        if path != "/ws" or is_changed or routes != (_APP_ROUTES, _ROUTER_ROUTES):
-            return False
-        return not _room.is_full() and _find_refusal(HTTPConnection(scope)) is None
+    def _needs_stack(self, scope: Scope) -> bool:
+        path = scope["path"].removeprefix(scope.get("root_path", "")).removesuffix("/")
+        routes = self.router.routes[: len(_ROUTES[0])], router.routes[: len(_ROUTES[1])]
+        is_changed = self.user_middleware or self.dependency_overrides or routes != _ROUTES
+        return path != "/ws" or bool(is_changed) or self.exception_handlers != _EXCEPTION_HANDLERS
 
 
+router.include_router(_admin)
 app = App(title="datadivr", version=__version__)
 app.include_router(router)
-_APP_ROUTES, _ROUTER_ROUTES = list(app.router.routes), list(router.routes)
+app.add_exception_handler(StarletteHTTPException, _answer_refusal)
+_ROUTES = list(app.router.routes), list(router.routes)
+_EXCEPTION_HANDLERS = dict(app.exception_handlers)
 
 # Code written for the package that this file implements imports `datadivr.transport.server` and the
 # like. Run as a program, this is known under its own name too, or to import it made a second copy.
@@ -1274,15 +1448,15 @@ class _Line(NamedTuple):
 
     node: str
     text: bytes
-    asker: Client | None  # who is told where nobody hears it
+    asker_id: str  # who is told where nobody hears it
     heard_by: asyncio.Future[int | None]  # how many nodes; None where it is lost
 
     def finish(self, nodes: int | None) -> None:
         self.heard_by.set_result(nodes)
         if nodes is None and self.text:
             _errors_total.labels("redis").inc()
-        if nodes == 0 and self.asker is not None:
-            self.asker.report(*_UNKNOWN_RECIPIENT)
+        if nodes == 0 and self.asker_id:
+            _report(self.asker_id, *_UNKNOWN_RECIPIENT)
 
 
 class _Cluster(_Peers):
@@ -1315,6 +1489,8 @@ class _Cluster(_Peers):
         except Exception:  # redis-py raises much; what it says may show the URL, with its password
             text = f"expected a URL that redis-py can read, without {', '.join(options)}"
             raise ValueError(f"DATADIVR_REDIS_URL: {text}") from None
+        database = self._redis.connection_pool.connection_kwargs.get("db") or 0
+        self._prefix = f"{_settings.redis_prefix}:{database}"  # channels are of all databases
         self._answers: dict[int, asyncio.Queue[Any]] = {}  # by the number of what was asked
 
     def start(self) -> None:
@@ -1338,32 +1514,32 @@ class _Cluster(_Peers):
         self._is_lost = True
         await self._redis.aclose()
 
-    def publish(self, to: str, message: bytes, asker: Client | None) -> None:
+    def publish(self, to: str, message: bytes, asker_id: str) -> None:
         node = self._find_node(to)
         if node is None:
-            super().publish(to, message, asker)
+            super().publish(to, message, asker_id)
         else:
-            words = f"{to} {asker.id if asker is not None else '-'} "
-            self._add(node, words.encode() + message, asker)
+            self._add(node, f"{to} {asker_id or '-'} ".encode() + message, asker_id)
 
-    async def ask(self, to: str, request: list[Any]) -> tuple[list[Any], bool]:
-        node = self._find_node(to)
+    async def ask(self, request: Sequence[Any]) -> tuple[list[Any], bool]:
+        node = self._find_node(request[1])
         if node is None:
             return [], False
         number = secrets.randbits(32)
         queue = self._answers[number] = asyncio.Queue()
         answers: list[Any] = []
-        partial = True
-        with suppress(TimeoutError):
+        try:
             async with asyncio.timeout(1):
                 line = self._add(node, f"ask {number} {json.dumps(request)}".encode())
                 nodes = await asyncio.shield(line.heard_by)  # it is set later all the same
                 expected = (nodes or 0) - (1 if node == "all" else 0)  # all but this one
                 while len(answers) < expected:
                     answers.append(await queue.get())
-                partial = nodes is None
-        del self._answers[number]
-        return answers, partial
+                return answers, nodes is None
+        except TimeoutError:
+            return answers, True
+        finally:
+            del self._answers[number]
 
     def _find_node(self, to: str) -> str | None:
         if to in _EVERYBODY:
@@ -1371,9 +1547,9 @@ class _Cluster(_Peers):
         named = _CLIENT_ID.fullmatch(to)
         return named[1] if named and named[1] != _room.node else None
 
-    def _add(self, node: str, text: bytes, asker: Client | None = None) -> _Line:
+    def _add(self, node: str, text: bytes, asker_id: str = "") -> _Line:
         """Publish a line, with the others of this turn, unless it is lost."""
-        line = _Line(node, text, asker, _room.loop.create_future())
+        line = _Line(node, text, asker_id, _room.loop.create_future())
         size = self._waiting_bytes + len(text)
         if self._is_lost or (self._waiting and size > _settings.max_buffer_bytes):
             line.finish(None)
@@ -1408,7 +1584,7 @@ class _Cluster(_Peers):
             info = await self._redis.info()
             if info["role"] != "master" or info.get("cluster_enabled"):
                 raise ConnectionError("expected a primary, and none of a Redis Cluster")
-            channels = [f"{_settings.redis_prefix}:{node}" for node in ("all", _room.node)]
+            channels = [f"{self._prefix}:{node}" for node in ("all", _room.node)]
             await pubsub.subscribe(*channels)
             while not await self._redis.publish(channels[1], _room.node):
                 pass  # it is not subscribed yet
@@ -1426,7 +1602,7 @@ class _Cluster(_Peers):
             pipeline = self._redis.pipeline(transaction=False)
             for lines in groups:
                 data = b"\n".join((_room.node.encode(), *(line.text for line in lines)))
-                pipeline.publish(f"{_settings.redis_prefix}:{lines[0].node}", data)
+                pipeline.publish(f"{self._prefix}:{lines[0].node}", data)
             for lines, nodes in zip(groups, await pipeline.execute(False), strict=True):
                 del self._waiting[: len(lines)]
                 for line in lines:
@@ -1481,9 +1657,7 @@ class _Cluster(_Peers):
         elif to != b"all" and not _CLIENT_ID.fullmatch(to.decode()):
             raise ValueError(f"expected all, ask, answer or a client's id, got {to[:36]!r}")
         elif not _room.publish(to.decode(), body) and about != b"-":
-            _count_error("unknown_recipient", client_id=about.decode())
-            code, sentence = _UNKNOWN_RECIPIENT
-            _publish(create_error_message(sentence, about.decode(), code), None, None)
+            _report(about.decode(), *_UNKNOWN_RECIPIENT)
 
 
 if _settings.redis_url:
