@@ -550,18 +550,17 @@ class _UvicornConnection:
     of it is not there, to make one raises AttributeError.
     """
 
-    __slots__ = ("_protocol", "abort", "framing", "is_closing", "receive", "unsent", "write")
+    __slots__ = ("_protocol", "framing", "is_closing", "unsent", "write")
 
     def __init__(self, protocol: Any) -> None:
         self._protocol = protocol
-        self.receive: Receive = protocol.receive
         # Bound, since a flush calls them for every client. uvloop raises where a transport that
         # is closing is asked what is unsent, or written to.
         self.is_closing: Callable[[], bool] = protocol.transport.is_closing
         self.unsent: Callable[[], int] = protocol.transport.get_write_buffer_size
         self.write: Callable[[bytes], None] = protocol.transport.write
-        self.abort: Callable[[], None] = protocol.transport.abort
         self.framing: _Framing = _frame
+        protocol.receive, protocol.transport.abort  # noqa: B018  # they are there
         # uvicorn answers pings into the transport: who leaves that unread is not read either.
         limit = _settings.max_buffer_bytes
         protocol.transport.set_write_buffer_limits(limit, limit)
@@ -579,6 +578,13 @@ class _UvicornConnection:
         # websockets inflates all frames of one read before this file sees the first of them.
         limit = _settings.max_message_bytes
         connection.max_message_size = min(connection.max_message_size or limit, limit)
+
+    def receive(self) -> Awaitable[Message]:
+        message: Awaitable[Message] = self._protocol.receive()
+        return message
+
+    def abort(self) -> None:
+        self._protocol.transport.abort()
 
     def _pause(self) -> None:
         self._protocol.writable.clear()  # uvicorn's `send`, which a host's endpoint may call, waits
