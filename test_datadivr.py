@@ -4373,6 +4373,7 @@ def test_two_databases_of_one_redis_are_two_installations(pair: Pair, cluster: C
         assert ask(stranger, "mine", to="all")["event_name"] == "mine"  # and nothing before it
 
 
+@needs_sansio  # others read one message a turn
 def test_messages_to_made_up_clients_of_a_node_share_a_publish(
     pair: Pair, cluster: Cluster
 ) -> None:
