@@ -145,6 +145,7 @@ def _read_settings(environ: Mapping[str, str]) -> _Settings:
 
 
 _settings = _read_settings(os.environ)
+_is_log_ours = not structlog.is_configured()  # as the host project may have done
 _processors: list[Any] = [
     structlog.contextvars.merge_contextvars,
     structlog.processors.add_log_level,
@@ -155,15 +156,17 @@ _processors: list[Any] = [
 
 def _format_uvicorns_log() -> None:
     """Make uvicorn's own lines JSON too, where ours are and no format of its user's is set."""
+    if not _is_log_ours or _settings.log_format != "json":
+        return
     renderer = structlog.processors.JSONRenderer()
     formatter = structlog.stdlib.ProcessorFormatter(renderer, foreign_pre_chain=_processors)
     handlers = logging.getLogger("uvicorn").handlers + logging.getLogger("uvicorn.access").handlers
-    for handler in handlers if _settings.log_format == "json" else ():
+    for handler in handlers:
         if type(handler.formatter).__module__ == "uvicorn.logging":
             handler.setFormatter(formatter)
 
 
-if not structlog.is_configured():  # as the host project may have done
+if _is_log_ours:
     # The default formatter of tracebacks shows local variables, and so payloads.
     _plain, _is_tty = structlog.dev.plain_traceback, sys.stdout.isatty()
     _renderer: Any = structlog.dev.ConsoleRenderer(colors=_is_tty, exception_formatter=_plain)
@@ -385,7 +388,7 @@ def _find_validator(handler: _Handler) -> _Validator | None:
             return None
         return _Validator(annotation, "invalid_payload")
     except Exception as error:
-        text = f"{name}: {annotation!r} has a name in it that is not defined, or not yet"
+        text = f"{name}: {annotation!r} cannot be read; is each name in it defined by now?"
         raise NameError(text) from error
 
 
@@ -1395,9 +1398,9 @@ async def _answer_refusal(connection: Any, error: Any) -> Any:
 class App(FastAPI):
     """A FastAPI application that serves clients of `/ws` without FastAPI's own stack.
 
-    That saves a third of an idle client's memory and arrival. It is done innermost, so what wraps
-    the stack sees these clients too (FastAPI's telemetry does not). With middleware, an override, a
-    handler of exceptions or a route before `/ws`, the stack serves.
+    That saves a third of an idle client's memory. It is done innermost, so what wraps the stack
+    sees these clients too (FastAPI's telemetry does not). With middleware, an override, a handler
+    of exceptions or a route before `/ws`, the stack serves.
     """
 
     def build_middleware_stack(self) -> ASGIApp:
@@ -1407,7 +1410,7 @@ class App(FastAPI):
             is_websocket = scope["type"] == "websocket"
             if is_websocket and not self._needs_stack(scope):
                 websocket = WebSocket(scope, receive, send)
-                try:
+                try:  # as `websocket_endpoint`, whose frame would stay for as long as the client
                     await authorize_client(websocket)
                     await handle_connection(websocket)
                 except HTTPException as error:

@@ -914,6 +914,24 @@ def test_json_logs_have_uvicorns_lines_too(tmp_path: Path) -> None:
     assert any("RuntimeError: internal detail" in line.get("exception", "") for line in lines)
 
 
+def test_json_is_left_to_a_host_that_configures_structlog_itself() -> None:
+    log = log_of(
+        """
+        import asyncio, logging, structlog, uvicorn
+        structlog.configure()
+        import datadivr
+        uvicorn.Config(datadivr.app)  # configures uvicorn's loggers
+        async def main():
+            async with datadivr.app.router.lifespan_context(datadivr.app):
+                (handler,) = logging.getLogger("uvicorn").handlers
+                print(type(handler.formatter).__module__)
+        asyncio.run(main())
+        """,
+        DATADIVR_LOG_FORMAT="json",
+    )
+    assert log == "uvicorn.logging\n"
+
+
 @pytest.mark.parametrize("level", ["ERROR", "CRITICAL"])
 def test_a_made_up_token_is_shown_whatever_the_level(level: str) -> None:
     script = """
