@@ -53,6 +53,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, ForwardRef, Generic, Literal, NamedTuple, get_args, get_origin
 from urllib.parse import parse_qs, urlsplit
+from weakref import WeakValueDictionary
 
 import structlog
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Request, Response, WebSocket
@@ -115,13 +116,13 @@ class _Settings(BaseModel, alias_generator=lambda name: f"DATADIVR_{name.upper()
 
     admin_token: _Token | None = None  # of the admin API; a random one is made up and logged
     client_token: _Token | None = None  # that clients must bring
+    metrics_token: _Token | None = None  # that /metrics asks for, if it is not the admin's
     allowed_origins: _Origins = ()  # of pages from elsewhere, by commas; "*" is any
     max_message_bytes: _Positive = 1024 * 1024  # from a client, in UTF-8
     max_messages_per_second: _Limit = 0  # from one client; the others are dropped
     max_clients: _Limit = 0  # connected at once
     max_buffer_bytes: _Positive = 4 * 1024 * 1024  # unsent to one client, which is then dropped
     compress_min_bytes: _Limit = 1024  # of a message that is compressed, once for all; 0 is none
-    protect_metrics: bool = False  # whether /metrics asks for the admin token
     redis_url: Annotated[str, Field(pattern="^(rediss?|unix)://")] | None = None
     redis_prefix: str = "datadivr"  # of channels' names: one per installation
     log_level: Annotated[_Level, BeforeValidator(str.upper)] = "INFO"
@@ -130,6 +131,8 @@ class _Settings(BaseModel, alias_generator=lambda name: f"DATADIVR_{name.upper()
 
 def _read_settings(environ: Mapping[str, str]) -> _Settings:
     """Read the settings from variables; ValueError names each that is wrong, but no secret."""
+    if environ.get("DATADIVR_PROTECT_METRICS"):  # of older versions: /metrics must not open itself
+        raise ValueError("DATADIVR_PROTECT_METRICS: set DATADIVR_METRICS_TOKEN in its place")
     # An empty variable is not set, but for a secret that was not injected: it must not fail open.
     variables = {name: text for name, text in environ.items() if text or name.endswith("_TOKEN")}
     try:
@@ -314,7 +317,10 @@ _HandlerT = TypeVar("_HandlerT", bound=_Handler)
 
 
 class HandlerType(Enum):
-    """Who runs a handler: this server (SERVER, BOTH), or a client in Python (CLIENT, BOTH)."""
+    """Who runs a handler: this server (SERVER, BOTH), or a client of one's own (CLIENT, BOTH).
+
+    No client is in this file: one in Python finds what to run with `get_handlers`.
+    """
 
     SERVER = "server"
     CLIENT = "client"
@@ -333,8 +339,9 @@ def websocket_handler(
 
     It takes a `WebSocketMessage` and returns one, which goes to its `to`, or None. A coroutine
     function runs in the event loop, which it must not block, a plain one in one of AnyIO's 40
-    threads. `$connect` and `$disconnect` are the events of a client that came or went. Annotated
-    `WebSocketMessage[type]`, it runs for such payloads alone; others get an `invalid_payload`.
+    threads. `$connect` and `$disconnect` are the events of a client that came or went, `$default`
+    is any event without a handler of its own. Annotated `WebSocketMessage[type]`, it runs for such
+    payloads alone; others get an `invalid_payload`.
 
     Raises:
         TypeError: it is written without parentheses, or the function does not take one message.
@@ -343,8 +350,8 @@ def websocket_handler(
     """
     if not isinstance(event_name, str):
         raise TypeError(f'write @websocket_handler("event"), got {event_name!r} as the event')
-    if not re.fullmatch(r"\$connect|\$disconnect|[^$][\s\S]{0,127}", event_name):
-        expected = "a name of 1 to 128 characters, without $ but for $connect and $disconnect"
+    if not re.fullmatch(r"\$connect|\$disconnect|\$default|[^$][\s\S]{0,127}", event_name):
+        expected = "$connect, $disconnect, $default, or 1 to 128 characters that begin without $"
         raise ValueError(f"expected {expected}, got {event_name!r}")
 
     def register(handler: _HandlerT) -> _HandlerT:
@@ -410,6 +417,12 @@ def get_handlers(handler_type: HandlerType = HandlerType.SERVER) -> dict[str, _H
     return {name: handler for name, (handler, *_) in _handlers[handler_type].items()}
 
 
+def _handled_as(event_name: str) -> str:
+    """Return the event whose handler runs for this one: itself, or `$default`."""
+    is_own = event_name in _handlers[HandlerType.SERVER] or event_name.startswith("$")
+    return event_name if is_own else "$default"
+
+
 async def handle_msg(message: WebSocketMessage) -> WebSocketMessage | None:
     """Run a message's handler and return the answer; without one, a client's message is that.
 
@@ -417,13 +430,14 @@ async def handle_msg(message: WebSocketMessage) -> WebSocketMessage | None:
         InvalidMessageFormat: the payload is not of the type that the handler's annotation names.
         TypeError: the handler returned something that is neither a `WebSocketMessage` nor None.
     """
-    registered = _handlers[HandlerType.SERVER].get(message.event_name)
+    event_name = _handled_as(message.event_name)
+    registered = _handlers[HandlerType.SERVER].get(event_name)
     if registered is None:
         return None if message.event_name.startswith("$") else message
     handler, runs_in_loop, validator = registered
     if validator is not None:
         message = validator(_encode(message))
-    with _handler_seconds.labels(message.event_name).time():
+    with _handler_seconds.labels(event_name).time():
         answer = handler(message) if runs_in_loop else await run_in_threadpool(handler, message)
         if inspect.isawaitable(answer):
             answer = await answer
@@ -481,6 +495,11 @@ _received_total = _declare(Counter, "messages_received_total", "Messages from cl
 _sent_total = _declare(Counter, "messages_sent_total", "Messages delivered, one per client.")
 _bytes_sent_total = _declare(Counter, "bytes_sent_total", "Bytes of the frames sent to clients.")
 _errors_total = _declare(Counter, "errors_total", "Errors.", "type")
+_unsent_bytes_max = _declare(
+    Gauge, "unsent_bytes_max", "Bytes unsent to the slowest client.", multiprocess_mode="livemax"
+)
+_build_info = _declare(Gauge, "build_info", "Is 1.", "version", multiprocess_mode="livemax")
+_build_info.labels(__version__).set(1)
 _handler_seconds = _declare(Histogram, "handler_seconds", "Seconds in a handler.", "event_name")
 
 # A series that is there from the start, at 0, shows its first event as an increase.
@@ -704,7 +723,7 @@ def _open_connection(websocket: WebSocket) -> _UvicornConnection | _AsgiConnecti
 # ---- Clients -------------------------------------------------------------------------------------
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Client:
     """One connected client, for users to read; from `connection` on, it is not for them."""
 
@@ -712,6 +731,7 @@ class Client:
     node: str  # the process that holds it: the first 32 bits of the id
     address: str  # host and port of its end of the connection
     connected_at: str  # in UTC, as ISO 8601
+    websocket: WebSocket  # Starlette's: its headers, and `state` for what is known of it
     connection: _UvicornConnection | _AsgiConnection
     messages_received: int = 0
     messages_sent: int = 0  # to it
@@ -724,6 +744,12 @@ class Client:
     def buffered_bytes(self) -> int:
         """Bytes that were written to it and that its socket has not yet taken."""
         return 0 if self.connection.is_closing() else self.connection.unsent()
+
+    @property
+    def user(self) -> str | None:
+        """Who it is, where `websocket.state.user` says so."""
+        user = getattr(self.websocket.state, "user", None)
+        return None if user is None else str(user)
 
     def exceeds_rate(self) -> bool:
         """Count a message; tell whether it is more than `max_messages_per_second` allows."""
@@ -740,9 +766,22 @@ class Client:
         return self.messages_this_second > limit
 
 
+class _Clients(dict[str, Client]):
+    """Clients by id, in the order in which they came.
+
+    `clients[id]` has one that has left as well, as long as its handlers run.
+    """
+
+    def __init__(self) -> None:
+        self.left: WeakValueDictionary[str, Client] = WeakValueDictionary()
+
+    def __missing__(self, client_id: str) -> Client:
+        return self.left[client_id]
+
+
 _UNKNOWN_RECIPIENT = "unknown_recipient", "No client with the id in `to` is connected."
 _CLIENT_ID = re.compile(r"([0-9a-f]{8})-[0-9a-f]{4}-8[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
-clients: dict[str, Client] = {}  # by id, in the order in which they came
+clients = _Clients()
 
 
 # ---- Fan-out -------------------------------------------------------------------------------------
@@ -904,6 +943,8 @@ class _Room:
             self.loop.call_later(_SWEEP_SECONDS, self._sweep, node)
             for client in tuple(clients.values()):
                 self.check(client)
+            unsent = (client.buffered_bytes for client in clients.values())
+            _unsent_bytes_max.set(max(unsent, default=0))
 
     def leave(self, client: Client, reason: str, code: int = 0, text: str = "") -> None:
         """Forget a client, the one way out; a code closes it behind what was published so far."""
@@ -911,6 +952,7 @@ class _Room:
             self.flush()
         if clients.pop(client.id, None) is None:
             return
+        clients.left[client.id] = client
         self.turn.edits.pop(client, None)
         client.left_because = reason
         client.is_closed = bool(code)
@@ -952,7 +994,7 @@ def _publish(message: WebSocketMessage, sender: Client | None = None, asker_id: 
     limit = _settings.max_message_bytes
     # 128 bytes more are for the keys that the server adds to what a client sent.
     is_longer = len(data) > limit + 128 and message.from_id == asker_id
-    if is_longer and message.event_name not in _handlers[HandlerType.SERVER]:
+    if is_longer and message.event_name not in _handlers[HandlerType.SERVER]:  # it is relayed
         text = f"The limit is {limit} bytes, as it would go out: dropped."
         _report(asker_id, "message_too_big", text)
         return 0
@@ -1089,7 +1131,8 @@ async def handle_connection(websocket: WebSocket, subprotocol: str | None = None
     client_id = f"{_room.node}{random[8:14]}8{random[15:]}"
     address = _format_address(websocket) or client_id
     now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
-    client = Client(client_id, _room.node, address, now, _open_connection(websocket))
+    connection = _open_connection(websocket)
+    client = Client(client_id, _room.node, address, now, websocket, connection)
     websocket.scope["datadivr.client_id"] = client_id
     _room.join(client)
     try:
@@ -1136,18 +1179,19 @@ async def _read_messages(client: Client) -> None:
 async def _handle(client: Client, message: WebSocketMessage) -> None:
     """Run the handler of a client's message, or of its event, and publish the answer."""
     message.from_id = client.id
+    event_name = _handled_as(message.event_name)
     try:
         if (answer := await handle_msg(message)) is not None:
             _publish(answer, client, client.id)
     except (Exception, asyncio.CancelledError) as error:
         if isinstance(error, InvalidMessageFormat) and error.code == "invalid_payload":
-            _report(client.id, error.code, str(error), event_name=message.event_name)
+            _report(client.id, error.code, str(error), event_name=event_name)
             return
         task = asyncio.current_task()
         if task is not None and task.cancelling():
             raise  # it is this connection that is cancelled, not what the handler awaited
-        text = f"The handler of {message.event_name!r} failed."
-        _report(client.id, "handler_error", text, event_name=message.event_name, exc_info=True)
+        text = f"The handler of {event_name!r} failed."
+        _report(client.id, "handler_error", text, event_name=event_name, exc_info=True)
 
 
 # ---- The admin API -------------------------------------------------------------------------------
@@ -1159,6 +1203,7 @@ class ClientInfo(BaseModel):
     id: str
     node: str
     address: str
+    user: str | None = Field(description="What `websocket.state.user` says, where it is set.")
     connected_at: datetime
     messages_received: int
     messages_sent: int
@@ -1207,10 +1252,14 @@ _Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
 
 
 async def _authorize_admin(credentials: _Credentials) -> None:
-    given = credentials.credentials if credentials is not None else ""
-    if not secrets.compare_digest(given.encode(), _admin_token().encode()):
+    if not _is_bearer_of(_admin_token(), credentials):
         hint = "DATADIVR_ADMIN_TOKEN, or the one in the log, opens the admin API"
         raise _refuse(401, "admin_unauthorized", "The admin token is needed.", hint)
+
+
+def _is_bearer_of(token: str, credentials: _Credentials) -> bool:
+    given = credentials.credentials if credentials is not None else ""
+    return secrets.compare_digest(given.encode(), token.encode())
 
 
 @asynccontextmanager
@@ -1328,12 +1377,13 @@ async def _post_message(request: Request) -> Any:
     "/metrics",
     response_class=PlainTextResponse,
     responses={200: {"content": _OPENMETRICS}, 401: {"content": {"application/json": {}}}},
-    openapi_extra={"security": [{}]},  # DATADIVR_PROTECT_METRICS decides whether it needs a token
+    openapi_extra={"security": [{}]},  # DATADIVR_METRICS_TOKEN decides whether it needs a token
 )
 async def _get_metrics(request: Request, credentials: _Credentials) -> Response:
     """Report the metrics in Prometheus' text format, or in OpenMetrics where that is asked for."""
-    if _settings.protect_metrics:
-        await _authorize_admin(credentials)
+    if _settings.metrics_token is not None:
+        if not _is_bearer_of(_settings.metrics_token, credentials):
+            await _authorize_admin(credentials)
     elif _is_rebound(request):
         host = request.headers["host"]
         hint = "add http:// and the host to DATADIVR_ALLOWED_ORIGINS to let it in"
@@ -1430,8 +1480,17 @@ class App(FastAPI):
         return path != "/ws" or bool(is_changed) or self.exception_handlers != _EXCEPTION_HANDLERS
 
 
+_DESCRIPTION = """
+A WebSocket message server: clients connect to `/ws`, and this API is for its administrators.
+
+Over the WebSocket go messages of JSON, such as
+`{"event_name": "chat", "payload": {"any": ["JSON"]}, "to": "others", "message": null}`.
+Only `event_name` is required; `to` is `all`, `others` (the default) or one client's id. What
+arrives has the sender's id as `from_id`, or `server`. The server answers `whoami` with a client's
+own id, and an `error` says what was wrong with a message.
+"""
 router.include_router(_admin)
-app = App(title="datadivr", version=__version__)
+app = App(title="datadivr", version=__version__, description=_DESCRIPTION)
 app.include_router(router)
 app.add_exception_handler(StarletteHTTPException, _answer_refusal)
 _ROUTES = list(app.router.routes), list(router.routes)

@@ -258,6 +258,15 @@ def hear(client: ClientConnection) -> Json:
     return dict(json.loads(client.recv(timeout=LIMIT)))
 
 
+def hear_all(client: ClientConnection) -> list[Json]:
+    """Return what has been sent to a client up to now."""
+    heard = []
+    say(client, "whoami")
+    while (message := hear(client))["event_name"] != "whoami":
+        heard.append(message)
+    return heard
+
+
 def ask(client: ClientConnection, event_name: str, **fields: Any) -> Json:
     say(client, event_name, **fields)
     return hear(client)
@@ -417,7 +426,8 @@ APPLICATION = """
     import asyncio
     import threading
 
-    from datadivr import WebSocketMessage, app, broadcast, create_message, websocket_handler
+    from datadivr import WebSocketMessage, app, broadcast, clients, create_message
+    from datadivr import websocket_handler
 
     @websocket_handler("double")
     async def double(message):
@@ -458,6 +468,19 @@ APPLICATION = """
     async def slow(message):
         await asyncio.sleep(message.payload)
         return create_message("slept", message.payload, message.from_id)
+
+    @websocket_handler("log_in")
+    async def log_in(message):
+        websocket = clients[message.from_id].websocket
+        websocket.state.user = message.payload
+        answer = websocket.headers["x-kind"] + websocket.query_params["room"]
+        return create_message("logged_in", answer, message.from_id)
+
+    @websocket_handler("$disconnect")
+    def went(message):
+        client = clients[message.from_id]
+        if client.user:
+            return WebSocketMessage(event_name="went", payload=[client.user, client.id in clients])
 
     @app.post("/tell")
     async def tell():
@@ -607,7 +630,8 @@ def fake_client(connection: FakeConnection) -> datadivr.Client:
     """Add a client to the room."""
     now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
     client_id = str(uuid.uuid4())
-    client = datadivr.Client(client_id, client_id[:8], "", now, connection)  # type: ignore[arg-type]
+    websocket = fastapi.WebSocket({"type": "websocket"}, None, None)  # type: ignore[arg-type]
+    client = datadivr.Client(client_id, client_id[:8], "", now, websocket, connection)  # type: ignore[arg-type]
     datadivr._room.join(client)
     return client
 
@@ -693,7 +717,7 @@ def chromium() -> Iterator[Browser]:
 
 def test_settings_have_the_defaults_that_the_readme_says() -> None:
     table = re.findall(r"^\| `DATADIVR_(\w+)` \| (\w+) \|", README, re.MULTILINE)
-    meanings: dict[str, list[Any]] = {"none": [None, ()], "random": [None], "false": [False]}
+    meanings: dict[str, list[Any]] = {"none": [None, ()], "random": [None]}
     for name, default in table:
         value = getattr(datadivr._read_settings({}), name.lower())
         assert value in meanings.get(default, [int(default) if default.isdigit() else default])
@@ -706,7 +730,6 @@ def test_settings_have_the_defaults_that_the_readme_says() -> None:
         ("MAX_CLIENTS", "many", "valid integer"),
         ("MAX_CLIENTS", "-1", "greater than or equal to 0"),
         ("MAX_BUFFER_BYTES", "0", "greater than 0"),
-        ("PROTECT_METRICS", "perhaps", "valid boolean"),
         ("LOG_LEVEL", "loud", "'DEBUG', 'INFO', 'WARNING', 'ERROR' or 'CRITICAL'"),
         ("ALLOWED_ORIGINS", "https://a.example/path", "expected scheme://host"),
     ],
@@ -718,7 +741,15 @@ def test_a_bad_setting_names_the_variable_what_was_expected_and_what_came(
         datadivr._read_settings({f"DATADIVR_{variable}": value})
 
 
-@pytest.mark.parametrize("variable", ["DATADIVR_ADMIN_TOKEN", "DATADIVR_CLIENT_TOKEN"])
+def test_metrics_that_an_older_version_protected_do_not_open_themselves() -> None:
+    with pytest.raises(ValueError, match="PROTECT_METRICS: set DATADIVR_METRICS_TOKEN"):
+        datadivr._read_settings({"DATADIVR_PROTECT_METRICS": "true"})
+
+
+TOKENS = [f"DATADIVR_{kind}_TOKEN" for kind in ("ADMIN", "CLIENT", "METRICS")]
+
+
+@pytest.mark.parametrize("variable", TOKENS)
 def test_a_bad_token_stops_the_start_without_being_shown(variable: str) -> None:
     with pytest.raises(ValueError, match=f"^{variable}: String should match pattern") as caught:
         datadivr._read_settings({variable: "two words"})
@@ -869,7 +900,7 @@ def test_an_origin_that_can_never_match_stops_the_start(listed: str) -> None:
         datadivr._read_settings({"DATADIVR_ALLOWED_ORIGINS": listed})
 
 
-@pytest.mark.parametrize("variable", ["DATADIVR_ADMIN_TOKEN", "DATADIVR_CLIENT_TOKEN"])
+@pytest.mark.parametrize("variable", TOKENS)
 def test_an_empty_token_stops_the_start(variable: str) -> None:
     with pytest.raises(ValueError, match=rf"^{variable}: .*\(it is ''\)"):
         datadivr._read_settings({variable: ""})
@@ -1343,7 +1374,9 @@ def test_a_decorator_without_parentheses_says_how_it_is_written(registry: None) 
 
 @pytest.mark.parametrize("name", ["", "x" * 129, "$conect", "$"])
 def test_a_name_that_no_message_can_have_is_refused(registry: None, name: str) -> None:
-    with pytest.raises(ValueError, match=r"^expected a name of 1 to 128 characters"):
+    with pytest.raises(
+        ValueError, match=r"^expected .*, or 1 to 128 characters that begin without"
+    ):
         datadivr.websocket_handler(name)
 
 
@@ -1546,6 +1579,92 @@ def test_a_disconnect_handler_is_told_the_reason(connect: Connect, live: Live) -
     wait_until(lambda: heard == [(client_id, "admin")], "the handler")
 
 
+def test_a_message_that_the_default_handler_returns_goes_the_way_it_goes_without_one(
+    connect: Connect, live: Live
+) -> None:
+    sender, other = connect(), connect()
+    payload = {"a": [1, 1.5, None, "é"], "b": {}}
+
+    def relayed() -> list[Json]:
+        say(sender, "m", payload=payload, message="hello")
+        say(sender, "m", to="all")
+        say(sender, "m", to=other_id)
+        return [hear(client) for client in (other, other, other, sender)]
+
+    other_id = id_of(other)
+    without = relayed()
+
+    @datadivr.websocket_handler("$default")
+    async def default(message: WebSocketMessage) -> WebSocketMessage:
+        return message
+
+    assert relayed() == without
+    assert without[0]["payload"] == payload
+    assert id_of(sender) == without[0]["from_id"]
+
+
+def test_a_default_handler_drops_and_refuses(connect: Connect, live: Live) -> None:
+    @datadivr.websocket_handler("$default")
+    def default(message: WebSocketMessage) -> WebSocketMessage | None:
+        if message.event_name == "noise":
+            return None
+        return datadivr.create_error_message("Not you.", message.from_id, "forbidden")
+
+    sender, other = connect(), connect()
+    sender_id = id_of(sender)
+    say(sender, "noise", to="all")
+    assert ask(sender, "news", to="all") == error(sender_id, "forbidden", "Not you.")
+    assert hear_all(other) == []
+
+
+def test_a_default_handler_runs_for_no_event_that_has_a_handler_and_for_none_of_the_servers(
+    connect: Connect, live: Live
+) -> None:
+    heard = []
+
+    @datadivr.websocket_handler("$default")
+    async def default(message: WebSocketMessage) -> None:
+        heard.append(message.event_name)
+
+    client = connect()
+    ask(client, "sum_event", payload={"numbers": []})
+    say(client, "m")
+    id_of(client)
+    client.close()
+    wait_until(lambda: not datadivr.clients, "it to go")
+    assert heard == ["m"]
+
+
+def test_a_default_handlers_payloads_have_the_type_that_it_names(
+    connect: Connect, live: Live
+) -> None:
+    @datadivr.websocket_handler("$default")
+    async def default(message: WebSocketMessage[int]) -> WebSocketMessage:
+        return message
+
+    client = connect()
+    assert ask(client, "m", payload=5, to="all")["payload"] == 5
+    assert ask(client, "m", payload="x", to="all")["payload"] == {"code": "invalid_payload"}
+
+
+def test_whatever_events_clients_make_up_the_default_handler_has_one_series_and_one_warning(
+    connect: Connect, live: Live, logged: list[Any]
+) -> None:
+    @datadivr.websocket_handler("$default")
+    async def default(message: WebSocketMessage) -> None:
+        raise RuntimeError
+
+    client = connect()
+    for number in range(5):
+        answer = ask(client, f"made-up-{number}")
+        assert answer["message"] == "The handler of '$default' failed."
+    assert metrics(live.port)['handler_seconds_count{event_name="$default"}'] >= 5
+    assert not [name for name in metrics(live.port) if "made-up" in name]
+    assert [entry["log_level"] for entry in logged if entry["event"] == "handler_error"] == [
+        "warning"
+    ]
+
+
 mark_section("handlers")
 
 
@@ -1589,9 +1708,10 @@ def test_every_series_is_there_from_the_start() -> None:
             "bytes_sent_total",
             *(f'errors_total{{type="{kind}"}}' for kind in types),
             *(f'handler_seconds_count{{event_name="{name}"}}' for name in ("whoami", "sum_event")),
+            "unsent_bytes_max",
         ],
         "0.0",
-    )
+    ) | {f'build_info{{version="{datadivr.__version__}"}}': "1.0"}
 
 
 def test_the_metrics_agree_with_what_was_done(connect: Connect, live: Live) -> None:
@@ -1628,6 +1748,16 @@ def test_a_client_cannot_add_a_series(connect: Connect, live: Live) -> None:
     assert not [name for name in metrics(live.port) if 'event_name="m"' in name]
 
 
+def test_the_slowest_client_is_seen_before_it_is_dropped(live: Live) -> None:
+    with raw_client(live.port, 4096) as slow:
+        client_id = own_id(slow)
+        stall(live.port, client_id)
+        unsent = datadivr.clients[client_id].buffered_bytes
+        assert unsent > 0
+        wait_until(lambda: metrics(live.port)["unsent_bytes_max"] == unsent, "the gauge")
+    wait_until(lambda: metrics(live.port)["unsent_bytes_max"] == 0, "the gauge")
+
+
 def test_a_second_copy_and_a_reload_share_the_series() -> None:
     script = """
         import importlib, importlib.util, sys
@@ -1649,11 +1779,12 @@ class Scraped(Process):
     def __init__(self, folder: Path, protected: bool) -> None:
         program = find("prometheus")
         (folder / "application.py").write_text(textwrap.dedent(APPLICATION))
-        super().__init__(*SERVERS["uvicorn"], cwd=folder, DATADIVR_PROTECT_METRICS=str(protected))
+        tokens: Any = {"DATADIVR_METRICS_TOKEN": "of-prometheus"} if protected else {}
+        super().__init__(*SERVERS["uvicorn"], cwd=folder, **tokens)
         scrape, rules = blocks("yaml")
         if protected:
             scrape = re.sub(r"# (?=authorization:|  credentials:)", "", scrape).replace(
-                "the admin token", TOKEN
+                "choose-one", "of-prometheus"
             )
         often = "global: {scrape_interval: 100ms, evaluation_interval: 100ms}\n"
         often += "rule_files: [rules.yml]\n"
@@ -2705,6 +2836,45 @@ def test_connect_and_disconnect_handlers_run_for_each_client(connect: Connect, l
     ]
 
 
+def test_handlers_read_and_write_what_is_known_of_a_client_up_to_its_disconnect(
+    connect: Connect, server: Process
+) -> None:
+    watcher = connect()
+    id_of(watcher)
+    for user in ("Ada", "Bob"):
+        client = connect("/ws?room=7", additional_headers={"X-Kind": "human"})
+        assert ask(client, "log_in", payload=user)["payload"] == "human7"
+        url = f"http://127.0.0.1:{server.port}/clients/{id_of(client)}"
+        assert http.get(url, headers=ADMIN).json()["user"] == user
+        client.close()
+        assert hear(watcher)["payload"] == [user, False]
+
+
+def test_a_handler_finds_its_client_though_that_has_left_meanwhile(
+    connect: Connect, live: Live
+) -> None:
+    began, left = threading.Event(), threading.Event()
+    found = []
+
+    @datadivr.websocket_handler("long")
+    async def long(message: WebSocketMessage) -> None:
+        began.set()
+        await asyncio.to_thread(left.wait, LIMIT)
+        found.append(datadivr.clients[message.from_id].id)
+
+    client = connect()
+    client_id = id_of(client)
+    say(client, "long")
+    assert began.wait(LIMIT)
+    http.delete(f"http://127.0.0.1:{live.port}/clients/{client_id}", headers=ADMIN)
+    assert client_id not in datadivr.clients
+    left.set()
+    wait_until(lambda: found == [client_id], "the handler")
+    wait_until(lambda: client_id not in datadivr.clients.left, "it to be forgotten")
+    with pytest.raises(KeyError):
+        datadivr.clients[client_id]
+
+
 def test_what_a_client_says_before_it_closes_is_heard(connect: Connect, server: Process) -> None:
     listener = connect()
     id_of(listener)
@@ -3185,6 +3355,7 @@ def test_a_client_is_listed_with_its_counts(connect: Connect, live: Live) -> Non
         "id": client_id,
         "node": client_id[:8],
         "address": f"{host}:{port}",
+        "user": None,
         "messages_received": 2,
         "messages_sent": 2,
         "buffered_bytes": 0,
@@ -3365,12 +3536,23 @@ def test_the_metrics_are_prometheus_text_or_openmetrics(api: httpx.Client) -> No
     assert openmetrics.text.endswith("# EOF\n")
 
 
-def test_the_metrics_are_open_unless_protected(configure: Callable[..., None]) -> None:
+def test_the_metrics_are_open_unless_they_have_a_token(configure: Callable[..., None]) -> None:
     client = TestClient(datadivr.app)
     assert client.get("/metrics").status_code == 200
-    configure(protect_metrics=True)
+    configure(metrics_token="of-prometheus")
     assert client.get("/metrics").status_code == 401
-    assert client.get("/metrics", headers=ADMIN).status_code == 200
+    assert client.get("/metrics", headers={"Authorization": "Bearer x"}).status_code == 401
+
+
+def test_the_metrics_token_and_the_admin_token_open_the_metrics_and_the_former_no_more(
+    configure: Callable[..., None],
+) -> None:
+    configure(metrics_token="of-prometheus")
+    client = TestClient(datadivr.app)
+    scraper = {"Authorization": "Bearer of-prometheus"}
+    for headers in (scraper, ADMIN):
+        assert client.get("/metrics", headers=headers).status_code == 200
+    assert client.get("/clients", headers=scraper).status_code == 401
 
 
 def test_the_health_check_is_open() -> None:
@@ -3385,7 +3567,7 @@ def test_schemathesis_finds_no_fault(
     ended: Callable[[], dict[str, float]],
     protected: bool,
 ) -> None:
-    configure(protect_metrics=protected)
+    configure(metrics_token="of-prometheus" if protected else None)
     (tmp_path / "schemathesis.toml").write_text(
         "[warnings]\nfail-on = true\n"
     )  # where it met no client, say
@@ -3440,6 +3622,26 @@ def test_openapi_describes_every_answer_and_the_token(api: httpx.Client) -> None
 def test_a_monitor_may_ask_for_the_head_alone(api: httpx.Client, path: str) -> None:
     answer = api.head(path)
     assert (answer.status_code, answer.content) == (200, b"")
+
+
+def test_a_clients_user_is_what_its_state_says_as_a_text_or_null(
+    live: Live, connect: Connect
+) -> None:
+    connect()
+    id_of(connect())
+    next(iter(datadivr.clients.values())).websocket.state.user = uuid.UUID(int=5)
+    listed = http.get(f"http://127.0.0.1:{live.port}/clients", headers=ADMIN).json()["clients"]
+    assert [client["user"] for client in listed] == [str(uuid.UUID(int=5)), None]
+
+
+def test_the_documentation_says_where_the_websocket_is_and_what_goes_over_it(
+    api: httpx.Client,
+) -> None:
+    description = api.get("/openapi.json").json()["info"]["description"]
+    assert "`/ws`" in description
+    (example,) = re.findall(r"`(\{.*\})`", description)
+    assert datadivr.parse_message(example).event_name == "chat"
+    assert set(re.findall(r"`(\w+)`", description)) >= {"to", "all", "others", "from_id", "whoami"}
 
 
 def test_a_request_without_an_upgrade_is_told_what_a_proxy_must_pass_on(api: httpx.Client) -> None:
@@ -5209,6 +5411,7 @@ def test_the_workers_of_the_readme_are_one_server_and_a_killed_one_leaves_no_gau
             nodes.add(id_of(clients[-1])[:8])
         assert metrics(process.port)["clients"] == total(process.port) == len(clients)
         assert metrics(process.port)["redis_up"] == 1
+        assert metrics(process.port)[f'build_info{{version="{datadivr.__version__}"}}'] == 1
         say(clients[0], "m", to="all")
         for client in clients:
             assert hear(client)["event_name"] == "m"
