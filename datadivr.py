@@ -498,7 +498,9 @@ _errors_total = _declare(Counter, "errors_total", "Errors.", "type")
 _unsent_bytes_max = _declare(
     Gauge, "unsent_bytes_max", "Bytes unsent to the slowest client.", multiprocess_mode="livemax"
 )
-_build_info = _declare(Gauge, "build_info", "Is 1.", "version", multiprocess_mode="livemax")
+_build_info = _declare(
+    Gauge, "build_info", "1, by version.", "version", multiprocess_mode="livemax"
+)
 _build_info.labels(__version__).set(1)
 _handler_seconds = _declare(Histogram, "handler_seconds", "Seconds in a handler.", "event_name")
 
@@ -1179,11 +1181,11 @@ async def _read_messages(client: Client) -> None:
 async def _handle(client: Client, message: WebSocketMessage) -> None:
     """Run the handler of a client's message, or of its event, and publish the answer."""
     message.from_id = client.id
-    event_name = _handled_as(message.event_name)
     try:
         if (answer := await handle_msg(message)) is not None:
             _publish(answer, client, client.id)
     except (Exception, asyncio.CancelledError) as error:
+        event_name = _handled_as(message.event_name)
         if isinstance(error, InvalidMessageFormat) and error.code == "invalid_payload":
             _report(client.id, error.code, str(error), event_name=event_name)
             return

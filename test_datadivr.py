@@ -6029,6 +6029,38 @@ def test_fan_out_beside_the_tutorials_pattern(
 
 
 @pytest.mark.benchmark
+def test_a_message_to_a_room_beside_one_to_all(
+    loop: FakeLoop, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Sink(FakeConnection):
+        def write(self, data: bytes) -> None: ...
+
+    members = [fake_client(Sink()).id for _ in range(200)]
+    message = WebSocketMessage(event_name="say", payload="garden", message="hello", to="all")
+
+    def microseconds(publish: Callable[[], None]) -> float:
+        """Return what a message costs a member."""
+        start = time.process_time()
+        for _ in range(100):
+            publish()
+            loop.turn()
+        return (time.process_time() - start) / 100 / len(members) * 1e6
+
+    def to_room() -> None:
+        for client_id in members:
+            datadivr._publish(message.model_copy(update={"to": client_id}))
+
+    def to_all() -> None:
+        datadivr._publish(message)
+
+    room, everybody = (
+        statistics.median(microseconds(publish) for _ in range(5)) for publish in (to_room, to_all)
+    )
+    report(capsys, ("us a member, of 200 in a room, and of all", f"{room:.1f}", f"{everybody:.2f}"))
+    assert room < 100 * everybody
+
+
+@pytest.mark.benchmark
 def test_two_nodes_beside_socketio_and_what_redis_costs_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
