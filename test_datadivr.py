@@ -5386,8 +5386,13 @@ def test_the_python_client_of_the_readme_dispatches_to_its_handler(
 def test_the_tests_of_the_readme_pass(tmp_path: Path) -> None:
     for name in ("application", "test_application"):
         copy_out(tmp_path, name)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:schemathesis"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q"],
+        cwd=tmp_path,
+        env=environment(PYTEST_DISABLE_PLUGIN_AUTOLOAD="1"),
+        capture_output=True,
+        text=True,
+    )
     assert "1 passed" in done.stdout, done.stdout
 
 
@@ -5474,15 +5479,13 @@ def test_who_comes_to_the_chat_hears_who_is_here_and_the_others_hear_of_it(
 
 
 @pytest.mark.parametrize("way", ["include_router", "mount"])
-def test_the_host_of_the_readme_serves_clients_and_the_api(tmp_path: Path, way: str) -> None:
+def test_the_host_of_the_readme_serves_clients_and_the_api(way: str) -> None:
     (code,) = re.findall(rf"`(host\.{way}\([^`]*\))`", README)
-    lines = ("import datadivr, fastapi", "host = fastapi.FastAPI()", code.replace("\n", " "))
-    (tmp_path / "project.py").write_text("\n".join(lines))
-    with Process("-m", "uvicorn", "project:host", "--port", "{port}", cwd=tmp_path) as process:
-        process.wait_until_up("/realtime/healthz")
-        with dial(f"ws://127.0.0.1:{process.port}/realtime/ws") as client:
-            url = f"http://127.0.0.1:{process.port}/realtime/clients/{id_of(client)}"
-            assert http.get(url, headers=ADMIN).status_code == 200
+    host = fastapi.FastAPI()
+    eval(code, {"host": host, "datadivr": datadivr})
+    with Live(host) as running, dial(f"ws://127.0.0.1:{running.port}/realtime/ws") as client:
+        url = f"http://127.0.0.1:{running.port}/realtime/clients/{id_of(client)}"
+        assert http.get(url, headers=ADMIN).status_code == 200
 
 
 def test_the_curl_commands_of_the_readme_do_what_it_says(live: Live, connect: Connect) -> None:
@@ -5581,16 +5584,20 @@ def test_a_page_with_the_javascript_of_the_readme_hears_messages_and_comes_back(
             assert api.delete(f"/clients/{next(iter(datadivr.clients))}").status_code == 204
 
 
-@pytest.fixture
-def page_of_a_server(browser: Browser) -> Iterator[tuple[Page, Process]]:
-    """Open a page with the README's script and a clock of its own, on a server that can stop."""
-    with (
-        Process("-m", "uvicorn", "datadivr:app", "--port", "{port}") as process,
-        browser.new_page() as page,
-    ):
+@pytest.fixture(scope="module")
+def stoppable() -> Iterator[Process]:
+    """Serve with a process that can stop and go on."""
+    with Process("-m", "uvicorn", "datadivr:app", "--port", "{port}") as process:
         process.wait_until_up()
+        yield process
+
+
+@pytest.fixture
+def page_that_stays(context: BrowserContext, stoppable: Process) -> Iterator[Page]:
+    """Open a page with the README's script and a clock of its own."""
+    with context.new_page() as page:
         page.clock.install()
-        page.goto(f"http://127.0.0.1:{process.port}/healthz")
+        page.goto(f"http://127.0.0.1:{stoppable.port}/healthz")
         page.add_script_tag(content=block("js", "function stayConnected("))
         page.evaluate("""
             window.heard = [];
@@ -5602,7 +5609,7 @@ def page_of_a_server(browser: Browser) -> Iterator[tuple[Page, Process]]:
                 url, (message) => heard.push(message), () => { refused = true; }
             );
         """)
-        yield page, process
+        yield page
 
 
 def pass_time_until(page: Page, condition: str) -> int:
@@ -5620,9 +5627,9 @@ def pass_time_until(page: Page, condition: str) -> int:
 
 
 def test_the_page_of_the_readme_notices_within_a_minute_that_nobody_answers_and_comes_back(
-    page_of_a_server: tuple[Page, Process],
+    page_that_stays: Page, stoppable: Process
 ) -> None:
-    page, process = page_of_a_server
+    page, process = page_that_stays, stoppable
     page.evaluate(f"go('ws://127.0.0.1:{process.port}/ws')")
     pass_time_until(page, "heard.length")  # a question has an answer
     assert page.evaluate("last.readyState") == 1
@@ -5633,9 +5640,9 @@ def test_the_page_of_the_readme_notices_within_a_minute_that_nobody_answers_and_
 
 
 def test_the_page_of_the_readme_stops_where_it_is_refused_but_not_where_the_server_is_gone(
-    page_of_a_server: tuple[Page, Process],
+    page_that_stays: Page, stoppable: Process
 ) -> None:
-    page, process = page_of_a_server
+    page, process = page_that_stays, stoppable
     page.evaluate(f"go('ws://127.0.0.1:{free_port()}/ws')")
     page.evaluate("window.tries = 0; window.first = last")
     for _ in range(4):
@@ -5647,9 +5654,9 @@ def test_the_page_of_the_readme_stops_where_it_is_refused_but_not_where_the_serv
 
 
 def test_the_page_of_the_readme_believes_news_from_the_server_alone(
-    page_of_a_server: tuple[Page, Process],
+    page_that_stays: Page, stoppable: Process
 ) -> None:
-    page, process = page_of_a_server
+    page, process = page_that_stays, stoppable
     url = f"127.0.0.1:{process.port}"
     page.evaluate(f"go('ws://{url}/ws')")
     with dial(f"ws://{url}/ws") as client:
@@ -5697,7 +5704,9 @@ def nginx(folder: Path, block: str) -> Iterator[Process]:
 
 
 @pytest.mark.parametrize("path", ["/", "/live/"])
-def test_the_readmes_nginx_passes_websockets_and_addresses_on(tmp_path: Path, path: str) -> None:
+def test_the_readmes_nginx_passes_websockets_and_addresses_on(
+    tmp_path: Path, live: Live, configure: Callable[..., None], path: str
+) -> None:
     configuration = block("nginx", "location")
     if path != "/":
         location, passed = re.findall(r"`(location .*?|proxy_pass \S+:8000\S+)`", README)
@@ -5705,18 +5714,16 @@ def test_the_readmes_nginx_passes_websockets_and_addresses_on(tmp_path: Path, pa
             old = rf"{line.split()[0]} .*"
             configuration, count = re.subn(old, line, configuration)
             assert count == 1
-    command = ("-m", "uvicorn", "datadivr:app", "--port", "{port}")
-    with Process(*command, DATADIVR_ALLOWED_ORIGINS="http://app.example") as server:
-        server.wait_until_up()
-        with nginx(tmp_path, configuration.replace(":8000", f":{server.port}")) as proxy:
-            proxy.wait_until_up(f"{path}healthz")
-            url = f"127.0.0.1:{proxy.port}{path}"
-            with dial(f"ws://{url}ws", origin=Origin("http://app.example")) as client:
-                client_id = id_of(client)
-                assert ask(client, "m", to="all")["from_id"] == client_id
-                (told,) = http.get(f"http://{url}clients", headers=ADMIN).json()["clients"]
-                assert told["address"] == ("127.0.0.1" if IS_SANSIO else client_id)
-            assert http.get(f"http://{url}ws").status_code == 426
+    configure(allowed_origins=("http://app.example",))
+    with nginx(tmp_path, configuration.replace(":8000", f":{live.port}")) as proxy:
+        proxy.wait_until_up(f"{path}healthz")
+        url = f"127.0.0.1:{proxy.port}{path}"
+        with dial(f"ws://{url}ws", origin=Origin("http://app.example")) as client:
+            client_id = id_of(client)
+            assert ask(client, "m", to="all")["from_id"] == client_id
+            (told,) = http.get(f"http://{url}clients", headers=ADMIN).json()["clients"]
+            assert told["address"] == ("127.0.0.1" if IS_SANSIO else client_id)
+        assert http.get(f"http://{url}ws").status_code == 426
 
 
 def test_the_readmes_unit_of_systemd_serves_behind_its_nginx(tmp_path: Path) -> None:
