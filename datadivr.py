@@ -1716,7 +1716,7 @@ _CONSOLE = r"""<!doctype html>
       padding: 0 var(--space) var(--space);
       margin: auto;
     }
-    :where(header, main, form, search, dialog[open]) {
+    :where(header, main, form, search) {
       display: grid;
       grid-template-columns: repeat(auto-fit, minmax(min(17rem, 100%), 1fr));
       gap: var(--space);
@@ -1751,12 +1751,12 @@ _CONSOLE = r"""<!doctype html>
       color: Canvas;
     }
     :is(h1, h2) {
-      font-size: 1.125rem;
+      font: bold 1.125rem / 2 system-ui;
     }
     figcaption::first-line {
       font-size: 1.75rem;
     }
-    :is(.bad, [aria-invalid="true"]) {
+    :is(.bad, [aria-invalid="true"], form:has([aria-invalid="true"]) [role="status"]) {
       border-color: var(--bad);
       color: var(--bad);
     }
@@ -1835,7 +1835,7 @@ _CONSOLE = r"""<!doctype html>
     </form>
   </main>
   <dialog id="confirmation" class="card" aria-labelledby="question">
-    <h2 id="question" class="whole"></h2>
+    <h2 id="question"></h2>
     <button command="close" commandfor="confirmation">Cancel</button>
     <button id="confirm" class="bad" command="close" commandfor="confirmation">Disconnect</button>
   </dialog>
