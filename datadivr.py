@@ -1758,105 +1758,83 @@ _CONSOLE = r"""<!doctype html>
   <style>
     :root {
       color-scheme: light dark;
-      --page: light-dark(#e9eef0, #0c1316);
-      --card: light-dark(#fff, #141d21);
-      --muted: light-dark(#4e626b, #9fb2ba);
+      --line: light-dark(#7f8e95, #62757d);
       --accent: light-dark(#0b6a73, #5ccdd4);
       --bad: light-dark(#b3261e, #ff9389);
-      --gap: 0.5rem;
       --space: 1rem;
-      background: var(--page);
       font-family: system-ui, sans-serif;
-      line-height: 1.4;
     }
-    * {
-      box-sizing: border-box;
+    :where(figure, h1, h2, p, ul) {
+      padding: 0;
       margin: 0;
+      list-style: inside;
     }
     :is(.signed-in #login, body:not(.signed-in) .private) {
       display: none;
     }
     body {
-      max-width: 90rem;
+      max-width: 80rem;
       padding: 0 var(--space) var(--space);
       margin: auto;
     }
-    header {
-      position: sticky;
-      top: 0;
-      display: grid;
-      grid-template-columns: 1fr auto;
-      padding: var(--gap) 0;
-      background: var(--page);
-    }
-    :is(h1, h2) {
-      font-size: 1.125rem;
-    }
-    :is(main, form, search) {
+    :where(header, main, form, search) {
       display: grid;
       grid-template-columns: repeat(auto-fit, minmax(min(17rem, 100%), 1fr));
       gap: var(--space);
     }
+    header {
+      position: sticky;
+      top: 0;
+      grid-template-columns: 1fr auto;
+      padding: 0.5rem 0;
+      background: Canvas;
+    }
+    :is(h1, label, button, nav) {
+      align-self: end;
+    }
     .whole {
       grid-column: 1 / -1;
     }
-    .card {
-      padding: var(--space);
-      border-radius: var(--gap);
-      background: var(--card);
-      overflow-x: auto;
+    :where(.card, input, button) {
+      box-sizing: border-box;
+      padding: 0.75rem var(--space);
+      border: 1px solid var(--line);
+      border-radius: 0.5rem;
+      background: Canvas;
+      font: inherit;
+      overflow: auto;
     }
-    #login {
-      max-width: 27rem;
-      margin: 10vh auto;
+    label > :not([type="checkbox"]) {
+      width: 100%;
     }
-    ul {
-      padding-left: var(--space);
+    form button {
+      background: var(--accent);
+      color: Canvas;
     }
-    figcaption {
-      color: var(--muted);
-      white-space: pre-line;
+    :is(h1, h2) {
+      font: bold 1.125rem / 2 system-ui;
     }
     figcaption::first-line {
-      color: CanvasText;
-      font-size: 2rem;
+      font-size: 1.75rem;
     }
-    .bad {
+    :is(.bad, [aria-invalid="true"], form:has([aria-invalid="true"]) [role="status"]) {
+      border-color: var(--bad);
       color: var(--bad);
-    }
-    path {
-      fill: none;
-      stroke: var(--accent);
-      stroke-width: 2;
-      vector-effect: non-scaling-stroke;
     }
     table {
       width: 100%;
       border-collapse: collapse;
     }
     :is(th, td) {
-      padding: var(--gap) var(--space) var(--gap) 0;
-      border-bottom: 1px solid var(--page);
+      padding: 0.5rem var(--space) 0.5rem 0;
+      border-bottom: 1px solid var(--line);
       text-align: left;
-      white-space: pre-line;
     }
     :is(th, td):nth-child(n + 4) {
       text-align: right;
     }
-    :is(input, button) {
-      padding: var(--gap);
-      border: 1px solid var(--muted);
-      margin: 0.125rem 0;
-      border-radius: var(--gap);
-      background: var(--card);
-      font: inherit;
-    }
-    form button {
-      background: var(--accent);
-      color: var(--card);
-    }
-    label > :not([type="checkbox"]) {
-      width: 100%;
+    :is(figcaption, th, td) {
+      white-space: pre;
     }
   </style>
   <header>
@@ -1865,39 +1843,33 @@ _CONSOLE = r"""<!doctype html>
     <p id="status" class="whole" role="status">Connecting</p>
   </header>
   <main id="login">
-    <form id="credentials" class="card">
+    <form id="credentials" class="card whole">
       <label>Admin token <input id="token" type="password" autocomplete="off" required /></label>
-      <p>DATADIVR_ADMIN_TOKEN, or the one in the server's log</p>
-      <p id="refusal" class="bad" role="alert"></p>
+      <p class="whole">DATADIVR_ADMIN_TOKEN, or the one in the server's log</p>
+      <p id="refusal" class="bad whole" role="alert"></p>
       <button>Open the console</button>
     </form>
   </main>
   <main id="board" class="private">
-    <figure class="card" aria-label="Clients connected" data-metric="clients">
-      <figcaption>Clients connected</figcaption>
-      <svg width="100%" height="60" viewBox="-120 0 120 1" preserveAspectRatio="none"><path /></svg>
-    </figure>
-    <figure class="card" aria-label="Messages in" data-metric="messages_received_total">
-      <figcaption>Messages in</figcaption>
-      <svg width="100%" height="60" viewBox="-120 0 120 1" preserveAspectRatio="none"><path /></svg>
-    </figure>
-    <figure class="card" aria-label="Deliveries out" data-metric="messages_sent_total">
-      <figcaption>Deliveries out</figcaption>
-      <svg width="100%" height="60" viewBox="-120 0 120 1" preserveAspectRatio="none"><path /></svg>
-    </figure>
+    <figure class="card" aria-label="Clients connected" data-metric="clients"></figure>
+    <figure class="card" aria-label="Messages in" data-metric="messages_received_total"></figure>
+    <figure class="card" aria-label="Deliveries out" data-metric="messages_sent_total"></figure>
     <section class="card">
       <h2>Errors</h2>
       <ul id="errors"></ul>
       <p id="scope"></p>
     </section>
-    <section id="list" class="card whole">
-      <search>
-        <h2 id="count" class="whole">Clients</h2>
-        <label>Address, id or user <input id="search" type="search" /></label>
-        <label>Page <input id="page" type="number" min="1" value="1" /></label>
-        <label><input id="slowest" type="checkbox" /> Most unsent bytes first</label>
-      </search>
-      <p id="partial" class="bad"></p>
+    <search id="filter" class="card whole">
+      <h2 id="count" class="whole">Clients</h2>
+      <label>Address, id or user <input id="search" type="search" /></label>
+      <label><input id="slowest" type="checkbox" /> Most unsent bytes first</label>
+      <nav aria-label="Pages of clients">
+        <p id="place"></p>
+        <button id="previous">Previous</button>
+        <button id="next">Next</button>
+      </nav>
+    </search>
+    <div class="card whole">
       <table id="table" aria-labelledby="count" tabindex="-1">
         <thead>
           <tr>
@@ -1906,13 +1878,13 @@ _CONSOLE = r"""<!doctype html>
             <th scope="col">Since</th>
             <th scope="col">In</th>
             <th scope="col">Out</th>
-            <th scope="col">Unsent</th>
+            <th scope="col">Unsent bytes</th>
             <th scope="col">Actions</th>
           </tr>
         </thead>
         <tbody id="rows"></tbody>
       </table>
-    </section>
+    </div>
     <form id="announcement" class="card whole">
       <h2 class="whole">Announcement</h2>
       <label>To: all, or a client's id <input id="to" name="to" value="all" required /></label>
@@ -1920,9 +1892,20 @@ _CONSOLE = r"""<!doctype html>
       <label>Message <input name="message" /></label>
       <label>Payload, in JSON <input name="payload" /></label>
       <button>Send</button>
-      <p id="outcome" role="status"></p>
+      <p id="outcome" class="whole" role="status"></p>
     </form>
   </main>
+  <dialog id="confirmation" class="card" aria-labelledby="question">
+    <h2 id="question"></h2>
+    <button command="close" commandfor="confirmation">Cancel</button>
+    <button id="confirm" class="bad" command="close" commandfor="confirmation">Disconnect</button>
+  </dialog>
+  <template id="chart">
+    <figcaption></figcaption>
+    <svg width="100%" height="60" viewBox="-120 0 120 1" preserveAspectRatio="none" fill="none">
+      <polyline stroke="var(--accent)" stroke-width="2" vector-effect="non-scaling-stroke" />
+    </svg>
+  </template>
   <script>
     const ui = {};
     for (const element of document.querySelectorAll("[id]")) ui[element.id] = element;
@@ -1931,16 +1914,18 @@ _CONSOLE = r"""<!doctype html>
     const state = {
       token: "",
       timer: 0, // of the next refresh
+      liveFrom: 0, // when the status may say "Live"; never, while the server is gone
       listDue: 0, // when to list the clients again
       clients: [], // as /clients lists them
+      page: 0, // of the table
       samples: [], // of /metrics, two minutes back
     };
     const titleOf = ({ address, user, id }) => [address, user, id].filter(Boolean).join("\n");
     const make = (tag, properties) => Object.assign(document.createElement(tag), properties);
-    const round = (number) => number.toLocaleString([], { maximumSignificantDigits: 3 });
-    const setText = (element, text) => {
-      if (element.textContent !== text) element.textContent = text;
-    };
+    const format = (number) => number.toLocaleString([], { maximumFractionDigits: 1 });
+    // JavaScript would round a large number: it goes out as it was typed.
+    const keepNumber = (key, value, { source }) =>
+      typeof value === "number" ? JSON.rawJSON(source) : value;
 
     async function request(path, options) {
       const { token } = state;
@@ -1952,14 +1937,15 @@ _CONSOLE = r"""<!doctype html>
       if (token !== state.token) throw new Error("Signed out.");
       if (response.ok) return text;
       if (response.status === 401) signOut("The server refuses this token.");
-      throw new Error(explain(response, text));
+      throw explain(response, text);
     }
 
     function explain({ status, headers }, text) {
       const isJson = headers.get("Content-Type") === "application/json";
       const { detail = `The server answers ${status}.` } = isJson ? JSON.parse(text) : {};
-      if (typeof detail === "string") return detail;
-      return detail.map(({ loc, msg }) => `${loc.at(-1)}: ${msg}`).join("; ");
+      if (typeof detail === "string") return new Error(detail, { cause: status === 404 && "to" });
+      const [{ loc, msg }] = detail;
+      return new Error(`${loc.at(-1)}: ${msg}`, { cause: loc[1] }); // the field at fault
     }
 
     function start() {
@@ -1975,40 +1961,42 @@ _CONSOLE = r"""<!doctype html>
     }
 
     function signOut(fault) {
-      state.token = "";
+      Object.assign(state, { token: "", listDue: 0, samples: [] });
       sessionStorage.removeItem("datadivr");
       document.body.className = "";
-      setText(ui.status, "Signed out");
-      setText(ui.refusal, fault);
+      showStatus("Signed out");
+      ui.confirmation.close();
       ui.credentials.reset();
+      ui.refusal.textContent = fault;
       ui.token.focus();
+    }
+
+    function showStatus(text, milliseconds = 0) {
+      if (ui.status.textContent !== text) ui.status.textContent = text; // it is read aloud once
+      state.liveFrom = performance.now() + milliseconds;
+      ui.status.classList.toggle("bad", state.liveFrom === Infinity);
     }
 
     async function refresh() {
       clearTimeout(state.timer);
-      try {
-        if (state.token && !document.hidden) await load();
-      } catch (error) {
-        if (state.token) showGone(error);
-      }
+      if (state.token && !document.hidden) await load().catch(showGone);
       state.timer = setTimeout(refresh, 1000);
     }
 
     async function load() {
-      const isListDue = performance.now() > state.listDue;
-      if (isListDue) await loadClients();
       await loadFigures();
-      if (isListDue) showScope();
+      if (performance.now() > state.listDue) await loadClients();
       sessionStorage.setItem("datadivr", state.token);
       document.body.className = "signed-in";
-      ui.status.className = "";
-      setText(ui.status, "Live");
+      if (state.liveFrom === Infinity) showStatus("The server is back.", 10000);
+      if (performance.now() > state.liveFrom) showStatus("Live");
     }
 
     function showGone({ message }) {
+      if (!state.token) return;
       const last = state.samples.at(-1)?.moment ?? "never";
-      ui.status.className = "bad";
-      setText(ui.status, `${message} Trying again every second. Last figures: ${last}.`);
+      showStatus(`${message} Trying again every second. Last figures: ${last}.`, Infinity);
+      state.listDue = 0;
     }
 
     async function loadClients() {
@@ -2018,8 +2006,16 @@ _CONSOLE = r"""<!doctype html>
       }
       state.clients = pages.flatMap((page) => page.clients);
       state.listDue = performance.now() + 2000 + state.clients.length; // long lists cost more
-      setText(ui.partial, pages.some((page) => page.partial) ? "Some nodes did not answer." : "");
+      showTotals(pages.some((page) => page.partial));
       showClients();
+    }
+
+    function showTotals(isPartial) {
+      const [own, all] = [state.samples.at(-1).clients, state.clients.length];
+      const text = `Figures and errors are of one process or machine: ${own} of ${all} clients.`;
+      ui.scope.textContent = Math.abs(own - all) > all / 100 ? text : ""; // some come and go
+      const rest = isPartial ? ". Some nodes did not answer." : "";
+      ui.count.textContent = `Clients: ${format(all)}${rest}`;
     }
 
     async function loadFigures() {
@@ -2036,58 +2032,55 @@ _CONSOLE = r"""<!doctype html>
       showErrors();
     }
 
-    function showScope() {
-      const own = state.samples.at(-1).clients;
-      const all = state.clients.length;
-      const text = `Figures and errors are of one process or machine: ${own} of ${all} clients.`;
-      setText(ui.scope, Math.abs(own - all) > all / 100 ? text : ""); // some come and go meanwhile
-    }
-
     function valuesOf(metric) {
-      return state.samples.slice(1).map((sample, index) => {
-        const before = state.samples[index];
+      return state.samples.map((sample, index) => {
+        const before = state.samples[index - 1] ?? sample; // the first has no rate
         if (!metric.endsWith("_total")) return sample[metric];
         // A counter that went down belongs to a server that was started again.
-        return Math.max(0, sample[metric] - before[metric]) / (sample.at - before.at);
+        return Math.max(0, sample[metric] - before[metric]) / (sample.at - before.at || 1);
       });
     }
 
     function drawChart(figure) {
+      if (!figure.hasChildNodes()) figure.append(ui.chart.content.cloneNode(true));
       const [caption, svg] = figure.children;
       const unit = figure.dataset.metric.endsWith("_total") ? "/s" : "";
       const values = valuesOf(figure.dataset.metric);
-      if (values.length === 0) return;
       const most = Math.max(...values);
-      const points = values.map((value, index) => {
-        const x = state.samples[index + 1].at - state.samples.at(-1).at;
-        return `${x} ${0.95 - (0.9 * value) / (most || 1)}`;
-      });
-      svg.firstElementChild.setAttribute("d", `M${points.join("L")}`);
-      const [now, peak] = [values.at(-1), most].map((value) => round(value) + unit);
-      setText(caption, `${now}\n${figure.ariaLabel}\npeak ${peak} in two minutes`);
+      const x = (index) => state.samples[index].at - state.samples.at(-1).at;
+      const y = (value) => 0.95 - (0.9 * value) / (most || 1);
+      const points = values.map((value, index) => `${x(index)},${y(value)}`);
+      svg.firstElementChild.setAttribute("points", points.slice(1).join(" "));
+      const [now, peak] = [values.at(-1), most].map((value) => format(value) + unit);
+      caption.textContent = `${now}\n${figure.ariaLabel}\npeak ${peak} in two minutes`;
     }
 
     function showErrors() {
-      ui.errors.replaceChildren();
-      for (const [type, count] of Object.entries(state.samples.at(-1).errors)) {
-        const recent = Math.max(0, count - (state.samples[0].errors[type] ?? 0));
-        const textContent = `${type}: ${count}, ${recent} in two minutes`;
-        if (count > 0) ui.errors.append(make("li", { textContent }));
-      }
-      if (!ui.errors.hasChildNodes()) ui.errors.append(make("li", { textContent: "None" }));
+      const [first, last] = [state.samples[0].errors, state.samples.at(-1).errors];
+      const types = Object.keys(last).filter((type) => last[type] > 0);
+      const recent = (type) => Math.max(0, last[type] - (first[type] ?? 0));
+      const texts = types.map((type) => `${type}: ${last[type]}, ${recent(type)} in two minutes`);
+      if (texts.length === 0) texts.push("None");
+      ui.errors.replaceChildren(...texts.map((textContent) => make("li", { textContent })));
     }
 
-    function showClients() {
-      if (ui.rows.matches(":active")) return; // a button is held down: it must not vanish
+    function showClients(page = state.page) {
+      // A button that is held down, or gets the focus back from the dialog, must not vanish.
+      if (ui.rows.matches(":active") || ui.confirmation.open) return;
       const text = ui.search.value.toLowerCase();
       const found = state.clients.filter((client) => titleOf(client).toLowerCase().includes(text));
       if (ui.slowest.checked) found.sort((one, other) => other.buffered_bytes - one.buffered_bytes);
-      const pages = Math.ceil(found.length / rowsPerPage) || 1;
-      const page = Math.min(Math.max(1, ui.page.value), pages);
-      setText(ui.count, `Clients: ${found.length.toLocaleString()}, page ${page} of ${pages}`);
+      const lastPage = Math.max(0, Math.ceil(found.length / rowsPerPage) - 1);
+      state.page = Math.max(0, Math.min(page, lastPage));
+      const first = rowsPerPage * state.page;
+      const shown = found.slice(first, first + rowsPerPage);
+      const place = `${first + 1}\u2013${first + shown.length} of ${format(found.length)}`;
+      ui.place.textContent = shown.length > 0 ? place : "No clients";
+      ui.previous.disabled = state.page === 0;
+      ui.next.disabled = state.page === lastPage;
       const focused = ui.rows.querySelector(":focus");
       ui.rows.replaceChildren();
-      found.slice(rowsPerPage * (page - 1), rowsPerPage * page).forEach(addRow);
+      shown.forEach(addRow);
       if (focused) (document.getElementById(focused.id) ?? ui.table).focus({ preventScroll: true });
     }
 
@@ -2113,31 +2106,36 @@ _CONSOLE = r"""<!doctype html>
       ui.name.focus();
     }
 
-    async function disconnect({ id, address }) {
-      if (!confirm(`Disconnect ${address}? It may connect again.`)) return;
-      await request(`clients/${id}`, { method: "DELETE" }).catch(({ message }) => alert(message));
-      state.listDue = 0;
+    function disconnect({ id, address }) {
+      ui.question.textContent = `Disconnect ${address}? It may connect again.`;
+      ui.confirmation.showModal();
+      ui.confirm.onclick = async () => {
+        const answer = request(`clients/${id}`, { method: "DELETE" });
+        await answer.catch(({ message }) => showStatus(`${address}: ${message}`, 10000));
+        state.listDue = 0;
+      };
     }
 
     async function announce() {
       const fields = Object.fromEntries(new FormData(ui.announcement));
-      const payload = fields.payload || "null";
-      setText(ui.outcome, "");
+      showOutcome("");
       try {
-        JSON.parse(payload);
-        // The payload goes out as it was typed: JavaScript would round large numbers.
-        const body = `{
-          "to": ${JSON.stringify(fields.to.trim())},
-          "event_name": ${JSON.stringify(fields.event_name)},
-          "message": ${JSON.stringify(fields.message || null)},
-          "payload": ${payload}
-        }`;
+        const payload = JSON.parse(fields.payload || "null", keepNumber);
+        const body = JSON.stringify({ ...fields, message: fields.message || null, payload });
         const answer = JSON.parse(await request("messages", { method: "POST", body }));
         const count = `${answer.recipients}${answer.partial ? " or more" : ""}`;
-        setText(ui.outcome, `“${fields.event_name}” reached clients: ${count}.`);
+        showOutcome(`“${fields.event_name}” reached clients: ${count}.`);
       } catch (error) {
-        setText(ui.outcome, error.message);
+        const name = error instanceof SyntaxError ? "payload" : error.cause;
+        showOutcome(error.message, ui.announcement.elements[name]);
       }
+    }
+
+    function showOutcome(text, fault) {
+      for (const field of ui.announcement.elements) field.ariaInvalid = field === fault;
+      ui.outcome.textContent = text;
+      fault?.setAttribute("aria-describedby", "outcome");
+      fault?.focus();
     }
 
     document.onsubmit = (event) => event.preventDefault();
@@ -2145,7 +2143,9 @@ _CONSOLE = r"""<!doctype html>
     ui.credentials.onsubmit = () => signIn(ui.token.value.trim());
     ui.announcement.onsubmit = announce;
     ui.leave.onclick = () => signOut("");
-    ui.list.oninput = showClients;
+    ui.filter.oninput = () => showClients(0);
+    ui.previous.onclick = () => showClients(state.page - 1);
+    ui.next.onclick = () => showClients(state.page + 1);
     start();
   </script>
 </html>

@@ -56,7 +56,6 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from playwright.sync_api import (
     Browser,
     BrowserContext,
-    Dialog,
     Locator,
     Page,
     expect,
@@ -4867,7 +4866,7 @@ def test_the_console_draws_rates(page: Page, live: Live, connect: Connect) -> No
     def draws() -> bool:
         ask(client, "m", to="all")
         figure = chart.locator("figcaption").inner_text() if chart.is_visible() else ""
-        line = "L" in (chart.locator("path").get_attribute("d") or "")
+        line = " " in (chart.locator("polyline").get_attribute("points") or "")
         return line and re.match(r"[1-9]\d*(\.\d+)?/s\n", figure) is not None
 
     wait_until(draws, "a line, and a rate")
@@ -4964,7 +4963,7 @@ def test_a_small_screen_shows_each_figure_apart(page: Page, live: Live) -> None:
       const range = document.createRange(); range.selectNodeContents(cell);
       const { left, right, top, bottom } = range.getBoundingClientRect();
       return [left, right, top, bottom]; })"""
-    for width in (390, 768):
+    for width in (320, 390, 768):
         page.set_viewport_size({"width": width, "height": 900})
         assert page.evaluate("document.documentElement.scrollWidth") == width
         assert 0 < body.evaluate("(body) => body.rows[0].offsetHeight") < 200  # none is squeezed
@@ -5081,8 +5080,16 @@ def test_the_console_says_what_is_wrong_with_an_announcement(page: Page, live: L
         before = field.input_value()
         field.fill(text)
         page.get_by_role("button", name="Send").click()
-        expect(page.get_by_text(fault)).to_be_visible()
+        expect(page.get_by_role("status").filter(has_text=fault)).to_be_visible()
+        expect(page.locator("[aria-invalid=true]")).to_have_count(1)
+        expect(field).to_have_attribute("aria-invalid", "true")
+        expect(field).to_be_focused()
+        expect(field).to_have_accessible_description(re.compile(re.escape(fault)))
         field.fill(before)
+    page.get_by_label("Event name").fill("news")
+    page.keyboard.press("Enter")
+    expect(page.get_by_text("reached")).to_have_text("“news” reached clients: 0.")
+    expect(page.locator("[aria-invalid=true]")).to_have_count(0)
 
 
 def test_the_console_asks_before_it_disconnects(page: Page, live: Live, connect: Connect) -> None:
@@ -5090,21 +5097,25 @@ def test_the_console_asks_before_it_disconnects(page: Page, live: Live, connect:
     host, port = goes.local_address
     open_console(page, live.port)
     button = rows(page).nth(1).get_by_role("button", name="Disconnect")
-    questions: list[str] = []
-
-    def dismiss(dialog: Dialog) -> None:
-        questions.append(dialog.message)
-        dialog.dismiss()
-
-    page.once("dialog", dismiss)
+    dialog = page.get_by_role("dialog", name=f"Disconnect {host}:{port}?")
     button.click()
+    dialog.get_by_role("button", name="Cancel").click()
+    expect(dialog).to_be_hidden()
     assert ask(goes, "whoami")["event_name"] == "whoami"
-    page.once("dialog", lambda dialog: dialog.accept())
     button.click()
+    dialog.get_by_role("button", name="Disconnect").click()
     assert close_code(goes) == 1008
     expect(rows(page)).to_have_count(1)
     assert id_of(stays) in rows(page).inner_text()
-    assert questions == [f"Disconnect {host}:{port}? It may connect again."]
+
+
+def test_the_console_says_that_a_client_is_not_disconnected(page: Page, live: Live) -> None:
+    fake_clients(page, [{"id": "gone"}])
+    open_console(page, live.port)
+    rows(page).get_by_role("button", name="Disconnect").click()
+    page.get_by_role("dialog").get_by_role("button", name="Disconnect").click()
+    text = "[2001:db8::1]:55555: No client with this id is connected."
+    expect(page.get_by_role("status").filter(has_text=text)).to_be_visible()
 
 
 def test_the_console_recovers_when_the_server_is_back(page: Page) -> None:
@@ -5117,6 +5128,8 @@ def test_the_console_recovers_when_the_server_is_back(page: Page) -> None:
         page.get_by_text("The server does not answer. Trying again every second.")
     ).to_be_visible()
     with Process(*command, port=first.port) as second:
+        back = page.get_by_role("status").filter(has_text="The server is back.")
+        expect(back).to_be_visible()
         expect(page.get_by_text("Live", exact=True)).to_be_visible()
         with dial(f"ws://127.0.0.1:{second.port}/ws") as client:
             expect(rows(page)).to_contain_text(id_of(client))
@@ -5151,14 +5164,23 @@ def test_what_a_client_or_the_server_says_is_shown_as_text(
 def test_the_console_pages(page: Page, live: Live) -> None:
     fake_clients(page, [{"id": f"id-{n}"} for n in range(45)])
     open_console(page, live.port)
+    previous, following = (page.get_by_role("button", name=name) for name in ("Previous", "Next"))
+    expect(previous).to_be_disabled()
     shown = []
-    for number in (1, 2, 3):
-        page.get_by_label("Page", exact=True).fill(str(number))
-        expect(page.get_by_text(f"Clients: 45, page {number} of 3")).to_be_visible()
+    for place in ("1\u201320 of 45", "21\u201340 of 45", "41\u201345 of 45"):
+        expect(page.get_by_text(place)).to_be_visible()
         shown += [text.split()[1] for text in rows(page).get_by_role("rowheader").all_inner_texts()]
+        if place != "41\u201345 of 45":
+            following.click()
     assert shown == [f"id-{n}" for n in range(45)]
+    expect(following).to_be_disabled()
+    previous.click()
+    expect(page.get_by_text("21\u201340 of 45")).to_be_visible()
+    page.get_by_label("Address, id or user").fill("id-4")
+    expect(page.get_by_text("1\u20136 of 6")).to_be_visible()
     page.unroute("**/clients?*")
-    expect(page.get_by_text("Clients: 0, page 1 of 1")).to_be_visible()
+    expect(page.get_by_text("No clients")).to_be_visible()
+    expect(page.get_by_role("heading", name="Clients: 0")).to_be_visible()
 
 
 def test_the_console_works_by_keyboard(page: Page, live: Live, connect: Connect) -> None:
@@ -5172,12 +5194,30 @@ def test_the_console_works_by_keyboard(page: Page, live: Live, connect: Connect)
         page.keyboard.press("Tab")
         if button.evaluate("(button) => button === document.activeElement"):
             break
-    page.once("dialog", lambda dialog: dialog.dismiss())
     page.keyboard.press("Enter")
+    expect(page.get_by_role("button", name="Cancel")).to_be_focused()
+    page.keyboard.press("Escape")
     expect(button).to_be_focused()
-    page.once("dialog", lambda dialog: dialog.accept())
+    assert ask(client, "whoami")["event_name"] == "whoami"
+    page.keyboard.press("Enter")
+    page.keyboard.press("Tab")
     page.keyboard.press("Enter")
     assert close_code(client) == 1008
+
+
+def test_the_focus_returns_from_the_dialog_though_the_list_changes(
+    page: Page, live: Live, connect: Connect
+) -> None:
+    connect()
+    open_console(page, live.port)
+    button = rows(page).first.get_by_role("button", name="Disconnect")
+    button.press("Enter")
+    connect()
+    expect(page.get_by_text("Clients: 2")).to_be_attached()
+    page.keyboard.press("Escape")
+    expect(button).to_be_focused()
+    expect(rows(page)).to_have_count(2)
+    expect(button).to_be_focused()
 
 
 def test_the_focus_stays_while_the_table_changes(page: Page, live: Live, connect: Connect) -> None:
@@ -5252,7 +5292,11 @@ def test_axe_finds_nothing(browser: Browser, live: Live, connect: Connect) -> No
         page.get_by_label("Event name").fill("news")
         page.get_by_label("Payload").fill("{oops")
         page.get_by_role("button", name="Send").click()
+        expect(page.locator("[aria-invalid=true]")).to_have_count(1)
         assert violations() == []
+        rows(page).first.get_by_role("button", name="Disconnect").click()
+        assert violations() == []
+        page.keyboard.press("Escape")
         page.route("**/*", lambda route: route.abort())
         expect(page.get_by_text("does not answer")).to_be_visible()
         assert violations() == []
