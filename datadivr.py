@@ -1807,7 +1807,7 @@ _CONSOLE = r"""<!doctype html>
     label > :not([type="checkbox"]) {
       width: 100%;
     }
-    form button {
+    main form button {
       background: var(--accent);
       color: Canvas;
     }
@@ -1843,7 +1843,7 @@ _CONSOLE = r"""<!doctype html>
     <p id="status" class="whole" role="status">Connecting</p>
   </header>
   <main id="login">
-    <form id="credentials" class="card whole">
+    <form id="credentials" class="card whole" method="dialog">
       <label>Admin token <input id="token" type="password" autocomplete="off" required /></label>
       <p class="whole">DATADIVR_ADMIN_TOKEN, or the one in the server's log</p>
       <p id="refusal" class="bad whole" role="alert"></p>
@@ -1885,7 +1885,7 @@ _CONSOLE = r"""<!doctype html>
         <tbody id="rows"></tbody>
       </table>
     </div>
-    <form id="announcement" class="card whole">
+    <form id="announcement" class="card whole" method="dialog">
       <h2 class="whole">Announcement</h2>
       <label>To: all, or a client's id <input id="to" name="to" value="all" required /></label>
       <label>Event name <input id="name" name="event_name" required /></label>
@@ -1896,9 +1896,11 @@ _CONSOLE = r"""<!doctype html>
     </form>
   </main>
   <dialog id="confirmation" class="card" aria-labelledby="question">
-    <h2 id="question"></h2>
-    <button command="close" commandfor="confirmation">Cancel</button>
-    <button id="confirm" class="bad" command="close" commandfor="confirmation">Disconnect</button>
+    <form method="dialog">
+      <h2 id="question" class="whole"></h2>
+      <button>Cancel</button>
+      <button id="confirm" class="bad">Disconnect</button>
+    </form>
   </dialog>
   <template id="chart">
     <figcaption></figcaption>
@@ -1996,7 +1998,6 @@ _CONSOLE = r"""<!doctype html>
       if (!state.token) return;
       const last = state.samples.at(-1)?.moment ?? "never";
       showStatus(`${message} Trying again every second. Last figures: ${last}.`, Infinity);
-      state.listDue = 0;
     }
 
     async function loadClients() {
@@ -2138,7 +2139,6 @@ _CONSOLE = r"""<!doctype html>
       fault?.focus();
     }
 
-    document.onsubmit = (event) => event.preventDefault();
     window.onhashchange = start;
     ui.credentials.onsubmit = () => signIn(ui.token.value.trim());
     ui.announcement.onsubmit = announce;
