@@ -81,10 +81,10 @@ if sys.version_info >= (3, 14):
 
 __all__ = [
     "Announcement", "App", "Client", "ClientInfo", "ClientPage", "HandlerType",
-    "InvalidMessageFormat", "Recipients", "WebSocketMessage", "app", "authorize_client",
-    "broadcast", "clients", "create_error_message", "create_message", "get_handlers",
-    "handle_connection", "handle_msg", "main", "parse_message", "router", "sum_handler",
-    "websocket_endpoint", "websocket_handler",
+    "InvalidMessageFormat", "Recipients", "WebSocketMessage", "app", "authorize_admin",
+    "authorize_client", "broadcast", "clients", "create_error_message", "create_message",
+    "get_handlers", "handle_connection", "handle_msg", "main", "parse_message", "router",
+    "sum_handler", "websocket_endpoint", "websocket_handler",
 ]  # fmt: skip
 __version__ = "1.0.0"
 
@@ -1253,15 +1253,16 @@ _bearer = HTTPBearer(auto_error=False, description="DATADIVR_ADMIN_TOKEN, or the
 _Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
 
 
-async def _authorize_admin(credentials: _Credentials) -> None:
-    if not _is_bearer_of(_admin_token(), credentials):
-        hint = "DATADIVR_ADMIN_TOKEN, or the one in the log, opens the admin API"
-        raise _refuse(401, "admin_unauthorized", "The admin token is needed.", hint)
+def _require_token(credentials: _Credentials, kind: str, *tokens: str) -> None:
+    given = (credentials.credentials if credentials is not None else "").encode()
+    if not any(secrets.compare_digest(given, token.encode()) for token in tokens):
+        hint = "the admin's opens everything: DATADIVR_ADMIN_TOKEN, or the one in the log"
+        raise _refuse(401, "admin_unauthorized", f"The {kind} token is needed.", hint)
 
 
-def _is_bearer_of(token: str, credentials: _Credentials) -> bool:
-    given = credentials.credentials if credentials is not None else ""
-    return secrets.compare_digest(given.encode(), token.encode())
+async def authorize_admin(credentials: _Credentials) -> None:
+    """Refuse who does not bring the admin token (HTTPException 401): a FastAPI dependency."""
+    _require_token(credentials, "admin", _admin_token())
 
 
 @asynccontextmanager
@@ -1317,7 +1318,7 @@ _OPENMETRICS = {"application/openmetrics-text": {"schema": {"type": "string"}}}
 _After = Annotated[str, Query(pattern=r"^([0-9T:.-]{26}Z[0-9a-f-]{36})?$")]
 
 router = APIRouter(lifespan=_lifespan)
-_admin = APIRouter(dependencies=[Depends(_authorize_admin)], responses={401: _DETAIL})
+_admin = APIRouter(dependencies=[Depends(authorize_admin)], responses={401: _DETAIL})
 
 
 @_admin.get("/clients", response_model=ClientPage)
@@ -1384,8 +1385,7 @@ async def _post_message(request: Request) -> Any:
 async def _get_metrics(request: Request, credentials: _Credentials) -> Response:
     """Report the metrics in Prometheus' text format, or in OpenMetrics where that is asked for."""
     if _settings.metrics_token is not None:
-        if not _is_bearer_of(_settings.metrics_token, credentials):
-            await _authorize_admin(credentials)
+        _require_token(credentials, "metrics", _settings.metrics_token, _admin_token())
     elif _is_rebound(request):
         host = request.headers["host"]
         hint = "add http:// and the host to DATADIVR_ALLOWED_ORIGINS to let it in"

@@ -3556,7 +3556,19 @@ def test_the_metrics_are_open_unless_they_have_a_token(configure: Callable[..., 
     assert client.get("/metrics").status_code == 200
     configure(metrics_token="of-prometheus")
     assert client.get("/metrics").status_code == 401
-    assert client.get("/metrics", headers={"Authorization": "Bearer x"}).status_code == 401
+    refused = client.get("/metrics", headers={"Authorization": "Bearer x"})
+    assert (refused.status_code, refused.json()["detail"]) == (401, "The metrics token is needed.")
+
+
+def test_a_route_of_ones_own_asks_for_the_admin_token() -> None:
+    host = fastapi.FastAPI()
+
+    @host.get("/mine", dependencies=[fastapi.Depends(datadivr.authorize_admin)])
+    def mine() -> None: ...
+
+    client = TestClient(host)
+    assert client.get("/mine").status_code == 401
+    assert client.get("/mine", headers=ADMIN).status_code == 200
 
 
 def test_the_metrics_token_and_the_admin_token_open_the_metrics_and_the_former_no_more(
