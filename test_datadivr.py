@@ -5327,7 +5327,7 @@ def test_each_block_of_the_readme_has_a_language_that_is_tested() -> None:
 
 
 def test_ci_runs_the_two_commands_at_the_top() -> None:
-    commands = block("sh", "pytest")
+    commands = "".join(blocks("sh")[:2])
     for pattern in re.findall(r"grep -m1 '(.*)' README\.md", (ROOT / ".ci/run").read_text()):
         assert re.search(pattern, commands, re.MULTILINE)
 
@@ -5402,7 +5402,8 @@ def test_the_handler_of_the_readme_answers_and_its_route_tells_all(recipes: Proc
         say(one, "greet")
         assert hear_event(one, "greeting")["payload"] == "hello"
         own_id_of(other)
-        assert http.post(f"http://{url}/news").json() == 2
+        assert http.post(f"http://{url}/news").status_code == 401
+        assert http.post(f"http://{url}/news", headers=ADMIN).json() == 2
         for client in (one, other):
             assert hear_event(client, "news")["from_id"] == "server"
 
@@ -5418,7 +5419,7 @@ def test_the_threads_of_the_readme_reach_clients(recipes: Process) -> None:
     with dial(f"ws://{url}/ws") as client:
         say(client, "report")
         assert [hear_event(client, "progress")["payload"] for _ in range(2)] == [50, 100]
-        assert http.post(f"http://{url}/orders").json() == 1
+        assert http.post(f"http://{url}/orders", headers=ADMIN).json() == 1
         assert hear_event(client, "order")["payload"] == {"id": 1}
 
 
@@ -5660,11 +5661,14 @@ def page_that_stays(context: BrowserContext, stoppable: Process) -> Iterator[Pag
             window.heard = [];
             window.refused = false;
             window.WebSocket = class extends WebSocket {
-                constructor(url) { super(url); window.last = this; }
+                constructor(...words) { super(...words); window.last = this; }
             };
-            window.go = (url) => stayConnected(
-                url, (message) => heard.push(message), () => { refused = true; }
-            );
+            window.go = (url, token) => stayConnected({
+                url,
+                token,
+                onmessage: (message) => heard.push(message),
+                onrefused: () => { refused = true; },
+            });
         """)
         yield page
 
@@ -5715,7 +5719,7 @@ def test_the_page_of_the_readme_believes_news_from_the_server_alone(
 ) -> None:
     page, process = page_that_stays, stoppable
     url = f"127.0.0.1:{process.port}"
-    page.evaluate(f"go('ws://{url}/ws')")
+    page.evaluate(f"go('ws://{url}/ws', 'a-token')")
     with dial(f"ws://{url}/ws") as client:
         wait_until(lambda: total(process.port) == 2, "the page to connect")
         for event_name in ("news", "gossip"):
@@ -5762,7 +5766,7 @@ def nginx(folder: Path, block: str) -> Iterator[Process]:
 
 @pytest.mark.parametrize("path", ["/", "/live/"])
 def test_the_readmes_nginx_passes_websockets_and_addresses_on(
-    tmp_path: Path, live: Live, configure: Callable[..., None], path: str
+    tmp_path: Path, configure: Callable[..., None], path: str
 ) -> None:
     configuration = block("nginx", "location")
     if path != "/":
@@ -5772,7 +5776,11 @@ def test_the_readmes_nginx_passes_websockets_and_addresses_on(
             configuration, count = re.subn(old, line, configuration)
             assert count == 1
     configure(allowed_origins=("http://app.example",))
-    with nginx(tmp_path, configuration.replace(":8000", f":{live.port}")) as proxy:
+    (root_path,) = re.findall(r"`--root-path (/live)`", README)
+    with (
+        Live(root_path=root_path if path != "/" else "") as server,
+        nginx(tmp_path, configuration.replace(":8000", f":{server.port}")) as proxy,
+    ):
         proxy.wait_until_up(f"{path}healthz")
         url = f"127.0.0.1:{proxy.port}{path}"
         with dial(f"ws://{url}ws", origin=Origin("http://app.example")) as client:
@@ -5781,6 +5789,7 @@ def test_the_readmes_nginx_passes_websockets_and_addresses_on(
             (told,) = http.get(f"http://{url}clients", headers=ADMIN).json()["clients"]
             assert told["address"] == ("127.0.0.1" if IS_SANSIO else client_id)
         assert http.get(f"http://{url}ws").status_code == 426
+        assert f"'{path}openapi.json'" in http.get(f"http://{url}docs").text
 
 
 def test_the_readmes_unit_of_systemd_serves_behind_its_nginx(tmp_path: Path) -> None:
