@@ -83,8 +83,8 @@ __all__ = [
     "Announcement", "App", "Client", "ClientInfo", "ClientPage", "HandlerType",
     "InvalidMessageFormat", "Recipients", "WebSocketMessage", "app", "authorize_admin",
     "authorize_client", "broadcast", "clients", "create_error_message", "create_message",
-    "get_handlers", "handle_connection", "handle_msg", "main", "parse_message", "router",
-    "sum_handler", "websocket_endpoint", "websocket_handler",
+    "disconnect_client", "get_handlers", "handle_connection", "handle_msg", "main",
+    "parse_message", "router", "sum_handler", "websocket_endpoint", "websocket_handler",
 ]  # fmt: skip
 __version__ = "1.0.0"
 
@@ -131,7 +131,8 @@ class _Settings(BaseModel, alias_generator=lambda name: f"DATADIVR_{name.upper()
 
 def _read_settings(environ: Mapping[str, str]) -> _Settings:
     """Read the settings from variables; ValueError names each that is wrong, but no secret."""
-    if environ.get("DATADIVR_PROTECT_METRICS"):  # of older versions: /metrics must not open itself
+    protected = environ.get("DATADIVR_PROTECT_METRICS", "").lower()  # as older versions had it
+    if protected not in ("", "0", "false") and "DATADIVR_METRICS_TOKEN" not in environ:
         raise ValueError("DATADIVR_PROTECT_METRICS: set DATADIVR_METRICS_TOKEN in its place")
     # An empty variable is not set, but for a secret that was not injected: it must not fail open.
     variables = {name: text for name, text in environ.items() if text or name.endswith("_TOKEN")}
@@ -533,7 +534,7 @@ def _collect_metrics() -> CollectorRegistry:
 # ---- Frames --------------------------------------------------------------------------------------
 
 # A frame's first byte: FIN, the opcode (RFC 6455, 5.2), RSV1 where it is compressed (RFC 7692, 6).
-_TEXT, _COMPRESSED_TEXT, _CLOSE = 0x81, 0xC1, 0x88
+_TEXT, _COMPRESSED_TEXT = 0x81, 0xC1
 _WINDOW_BITS = 12  # of clients that can share a compressed frame; uvicorn agrees to no more
 _Framing = Callable[[bytes], bytes]
 
@@ -585,6 +586,7 @@ class _UvicornConnection:
         self.write: Callable[[bytes], None] = protocol.transport.write
         self.framing: _Framing = _frame
         protocol.receive, protocol.transport.abort  # noqa: B018  # they are there
+        protocol.conn.send_close, protocol.conn.data_to_send  # noqa: B018
         # uvicorn answers pings into the transport: who leaves that unread is not read either.
         limit = _settings.max_buffer_bytes
         protocol.transport.set_write_buffer_limits(limit, limit)
@@ -620,7 +622,11 @@ class _UvicornConnection:
             self._protocol.transport.resume_reading()
 
     def close(self, code: int, reason: str) -> None:
-        self.write(_frame(struct.pack("!H", code) + reason.encode(), _CLOSE))
+        # websockets must know of it, or it answers the client's close frame with a second one, at
+        # which browsers say 1006; and so must uvicorn's stop, which would send one of its own.
+        self._protocol.conn.send_close(code, reason)
+        self.write(b"".join(self._protocol.conn.data_to_send()))
+        self._protocol.shutdown = self._protocol.transport.close
 
     def close_reason(self) -> str:
         """Return why the connection ended, unless it was this file that closed it."""
@@ -749,9 +755,11 @@ class Client:
 
     @property
     def user(self) -> str | None:
-        """Who it is, where `websocket.state.user` says so."""
+        """Who it is, where `websocket.state.user` says so: 128 characters of its `str`."""
         user = getattr(self.websocket.state, "user", None)
-        return None if user is None else str(user)
+        with suppress(Exception):  # of a `str` that is the project's own
+            return None if user is None else str(user)[:128].encode(errors="replace").decode()
+        return None
 
     def exceeds_rate(self) -> bool:
         """Count a message; tell whether it is more than `max_messages_per_second` allows."""
@@ -1205,7 +1213,7 @@ class ClientInfo(BaseModel):
     id: str
     node: str
     address: str
-    user: str | None = Field(description="What `websocket.state.user` says, where it is set.")
+    user: str | None = Field(None, description="What `websocket.state.user` says, if it is set.")
     connected_at: datetime
     messages_received: int
     messages_sent: int
@@ -1249,7 +1257,7 @@ def _admin_token() -> str:
     return token
 
 
-_bearer = HTTPBearer(auto_error=False, description="DATADIVR_ADMIN_TOKEN, or the one in the log.")
+_bearer = HTTPBearer(auto_error=False, description="The admin token, or that of /metrics.")
 _Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
 
 
@@ -1342,8 +1350,12 @@ async def _get_client(client_id: str) -> Any:
 
 
 @_admin.delete("/clients/{client_id}", status_code=204, responses=_FIND_REFUSALS)
-async def _disconnect_client(client_id: str) -> None:
-    """Disconnect a client, after what was already sent to it, with code 1008."""
+async def disconnect_client(client_id: str) -> None:
+    """Disconnect a client, after what was already sent to it, with code 1008.
+
+    Raises:
+        HTTPException: 404, nobody has this id; 503, the node that has it does not answer.
+    """
     await _ask("disconnect", client_id)
 
 
@@ -1400,8 +1412,9 @@ async def _get_metrics(request: Request, credentials: _Credentials) -> Response:
 
 @router.head("/healthz", include_in_schema=False)
 @router.get("/healthz")
-async def _get_health() -> dict[str, str]:
-    """Say that the server answers."""
+async def _get_health(response: Response) -> dict[str, str]:
+    """Say that the server answers, to pages from elsewhere too."""
+    response.headers["Access-Control-Allow-Origin"] = "*"
     return {"status": "ok"}
 
 
@@ -1483,7 +1496,8 @@ class App(FastAPI):
 
 
 _DESCRIPTION = """
-A WebSocket message server: clients connect to `/ws`, and this API is for its administrators.
+A WebSocket message server: clients connect to `/ws`, which stands beside this API for
+administrators; where there is a client token, with the subprotocols `["bearer", token]`.
 
 Over the WebSocket go messages of JSON, such as
 `{"event_name": "chat", "payload": {"any": ["JSON"]}, "to": "others", "message": null}`.
