@@ -585,16 +585,17 @@ class _UvicornConnection:
         self.unsent: Callable[[], int] = protocol.transport.get_write_buffer_size
         self.write: Callable[[bytes], None] = protocol.transport.write
         self.framing: _Framing = _frame
-        protocol.receive, protocol.transport.abort  # noqa: B018  # they are there
-        protocol.conn.send_close, protocol.conn.data_to_send  # noqa: B018
-        # uvicorn answers pings into the transport: who leaves that unread is not read either.
+        # uvicorn answers pings into the transport: who leaves that unread is not read either. (That
+        # stays with its protocol for wsproto, too, which lacks what is asked for below.)
         limit = _settings.max_buffer_bytes
         protocol.transport.set_write_buffer_limits(limit, limit)
         protocol.pause_writing = self._pause
         protocol.resume_writing = self._resume
         self._resume()
-        self.close_reason()  # what these two need is there
         connection = protocol.conn
+        self.close_reason()  # what this needs is there, and so are these
+        protocol.receive, protocol.transport.abort, connection.send_close  # noqa: B018
+        connection.data_to_send  # noqa: B018
         for extension in connection.extensions if _settings.compress_min_bytes else ():
             if extension.local_max_window_bits >= _WINDOW_BITS:  # it is permessage-deflate
                 # What uvicorn itself compresses for this client must need no context either.

@@ -482,7 +482,7 @@ APPLICATION = """
         return create_message("logged_in", answer, message.from_id)
 
     @websocket_handler("$disconnect")
-    async def went(message):
+    def went(message):
         client = clients[message.from_id]
         if client.user:
             return WebSocketMessage(event_name="went", payload=[client.user, client.id in clients])
