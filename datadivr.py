@@ -625,9 +625,11 @@ class _UvicornConnection:
     def close(self, code: int, reason: str) -> None:
         # websockets must know of it, or it answers the client's close frame with a second one, at
         # which browsers say 1006; and so must uvicorn's stop, which would send one of its own.
-        self._protocol.conn.send_close(code, reason)
-        self.write(b"".join(self._protocol.conn.data_to_send()))
-        self._protocol.shutdown = self._protocol.transport.close
+        connection = self._protocol.conn
+        if connection.close_sent is None:  # as it is not where a handler has closed its WebSocket
+            connection.send_close(code, reason)
+            self.write(b"".join(connection.data_to_send()))
+            self._protocol.shutdown = self._protocol.transport.close
 
     def close_reason(self) -> str:
         """Return why the connection ended, unless it was this file that closed it."""

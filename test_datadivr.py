@@ -2872,6 +2872,31 @@ def test_handlers_read_and_write_what_is_known_of_a_client_up_to_its_disconnect(
         assert hear(watcher)["payload"] == [user, False]
 
 
+def test_a_handler_that_closes_its_clients_websocket_itself_is_in_nobodys_way(
+    connect: Connect, live: Live
+) -> None:
+    began, over = threading.Event(), threading.Event()
+
+    @datadivr.websocket_handler("bye")
+    async def bye(message: WebSocketMessage) -> None:
+        await datadivr.clients[message.from_id].websocket.close(4000, "bye")
+        began.set()
+        await asyncio.to_thread(over.wait, LIMIT)
+
+    other = connect()
+    with raw_client(live.port) as client:  # which does not answer the close frame
+        client_id = own_id(client)
+        client.sendall(masked('{"event_name": "bye"}'))
+        assert began.wait(LIMIT)
+        url = f"http://127.0.0.1:{live.port}/clients/{client_id}"
+        assert http.delete(url, headers=ADMIN).status_code == 204
+        say(other, "m", to="all")
+        assert hear(other)["event_name"] == "m"
+        over.set()
+        ((first, payload),) = unframe(client.recv(4096))
+        assert (first, payload) == (0x88, struct.pack("!H", 4000) + b"bye")
+
+
 def test_a_handler_finds_its_client_though_that_has_left_meanwhile(
     connect: Connect, live: Live
 ) -> None:
