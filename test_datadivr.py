@@ -4894,6 +4894,12 @@ def node_module(path: str) -> Path:
     return found[0]
 
 
+def wait_for_status(page: Page, text: str) -> None:
+    """Look at each frame for what the page's head says for some seconds."""
+    shown = "text => document.querySelector('#status').textContent === text"
+    page.wait_for_function(shown, arg=text, timeout=LIMIT * 1000)
+
+
 def fake_clients(page: Page, clients: list[Json], **answer: Any) -> None:
     """Answer the page's questions for clients in place of the server."""
     fields = {
@@ -5194,7 +5200,7 @@ def test_the_console_says_that_a_client_is_not_disconnected(page: Page, live: Li
     rows(page).get_by_role("button", name="Disconnect").click()
     page.get_by_role("dialog").get_by_role("button", name="Disconnect").click()
     text = "[2001:db8::1]:55555: No client with this id is connected."
-    expect(page.get_by_role("status").filter(has_text=text)).to_be_visible()
+    wait_for_status(page, text)
 
 
 def test_the_console_recovers_when_the_server_is_back(page: Page) -> None:
@@ -5207,8 +5213,7 @@ def test_the_console_recovers_when_the_server_is_back(page: Page) -> None:
         page.get_by_text("The server does not answer. Trying again every second.")
     ).to_be_visible()
     with Process(*command, port=first.port) as second:
-        back = page.get_by_role("status").filter(has_text="The server is back.")
-        expect(back).to_be_visible()
+        wait_for_status(page, "The server is back.")
         expect(page.get_by_text("Live", exact=True)).to_be_visible()
         with dial(f"ws://127.0.0.1:{second.port}/ws") as client:
             expect(rows(page)).to_contain_text(id_of(client))
