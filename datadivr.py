@@ -134,7 +134,7 @@ def _read_settings(environ: Mapping[str, str]) -> _Settings:
     protected = environ.get("DATADIVR_PROTECT_METRICS", "").lower()  # as older versions had it
     if protected not in ("", "0", "false") and "DATADIVR_METRICS_TOKEN" not in environ:
         raise ValueError("DATADIVR_PROTECT_METRICS: set DATADIVR_METRICS_TOKEN in its place")
-    # An empty variable is not set, but for a secret that was not injected: it must not fail open.
+    # An empty variable counts as unset, but for a token: one that was not injected is an error.
     variables = {name: text for name, text in environ.items() if text or name.endswith("_TOKEN")}
     try:
         return _Settings.model_validate(variables)
@@ -235,11 +235,12 @@ class _ClientMessage(WebSocketMessage):
 
 
 def _stop_early(schema: Any) -> Any:
-    """Have lists end at their first wrong item: all of a megabyte's take half a second."""
+    """Have lists end at their first wrong item: all of a megabyte's take 0.2 s and more."""
     if type(schema) in (list, tuple):
         return type(schema)(map(_stop_early, schema))
     if isinstance(schema, dict):
-        kept = ("default", "metadata", "serialization")  # no schemas
+        is_schema = isinstance(schema.get("type"), str)  # or it is a model's fields, by name
+        kept = ("default", "metadata", "serialization") if is_schema else ()
         parts = schema.items()
         schema = {key: part if key in kept else _stop_early(part) for key, part in parts}
         if schema.get("type") in ("list", "tuple", "set", "frozenset"):
@@ -425,7 +426,7 @@ def _handled_as(event_name: str) -> str:
 
 
 async def handle_msg(message: WebSocketMessage) -> WebSocketMessage | None:
-    """Run a message's handler and return the answer; without one, a client's message is that.
+    """Run a message's handler and return its answer; without a handler, the message is that.
 
     Raises:
         InvalidMessageFormat: the payload is not of the type that the handler's annotation names.
@@ -585,15 +586,16 @@ class _UvicornConnection:
         self.unsent: Callable[[], int] = protocol.transport.get_write_buffer_size
         self.write: Callable[[bytes], None] = protocol.transport.write
         self.framing: _Framing = _frame
-        # uvicorn answers pings into the transport: who leaves that unread is not read either. (That
-        # stays with its protocol for wsproto, too, which lacks what is asked for below.)
+        # uvicorn writes its pongs past our limit: a client that does not read them is not read
+        # either. (This stays set on uvicorn's protocol for wsproto, though the probe below fails.)
         limit = _settings.max_buffer_bytes
         protocol.transport.set_write_buffer_limits(limit, limit)
         protocol.pause_writing = self._pause
         protocol.resume_writing = self._resume
         self._resume()
         connection = protocol.conn
-        self.close_reason()  # what this needs is there, and so are these
+        # A probe for what is used later: AttributeError here leads to `_AsgiConnection`.
+        self.close_reason()
         protocol.receive, protocol.transport.abort, connection.send_close  # noqa: B018
         connection.data_to_send  # noqa: B018
         for extension in connection.extensions if _settings.compress_min_bytes else ():
@@ -640,7 +642,7 @@ class _UvicornConnection:
         return reasons.get(close_sent.code, "client")
 
     def finish(self) -> None:
-        """Say that a close frame was sent, or uvicorn's stop sends one after the client's own."""
+        """Tell uvicorn that it is closed: its stop would send a frame after the client's own."""
         self._protocol.close_sent = True
 
     @staticmethod
@@ -767,22 +769,26 @@ class Client:
     def exceeds_rate(self) -> bool:
         """Count a message; tell whether it is more than `max_messages_per_second` allows."""
         limit = _settings.max_messages_per_second
+        if not limit:
+            return False
         now = time.monotonic()
         if now - self.second_began >= 1:
             self.second_began = now
             self.messages_this_second = 0
         self.messages_this_second += 1
+        if self.messages_this_second <= limit:
+            return False
         if self.messages_this_second == limit + 1:  # it is told once a second
             _report(self.id, "rate_limited", f"More than {limit} messages a second: dropped.")
-        elif self.messages_this_second > limit:
+        else:
             _errors_total.labels("rate_limited").inc()
-        return self.messages_this_second > limit
+        return True
 
 
 class _Clients(dict[str, Client]):
     """Clients by id, in the order in which they came.
 
-    `clients[id]` has one that has left as well, as long as its handlers run.
+    `clients[id]` finds one that has left, too, as long as its handlers run; `in` does not.
     """
 
     def __init__(self) -> None:
@@ -807,7 +813,7 @@ _CLOSE_SECONDS = 2.0  # how long a client has to read what is unsent and to answ
 
 
 class _Turn:
-    """What was published in one turn of the event loop, and what each client gets of it.
+    """What was published since the last flush, mostly in one turn of the event loop.
 
     Every client gets the same bytes, unless it has *edits*: a place in the turn, and a message to
     put in before the one that is there, or None to leave that out. So a turn costs one write
@@ -860,7 +866,7 @@ class _Turn:
 
 
 class _Room:
-    """Who is connected to this process, and when a turn is written to them.
+    """Who is connected to this process, and when a turn is written to them. There is one.
 
     It lives in one event loop. Nothing is locked: whatever calls it runs in that loop.
     """
@@ -951,7 +957,7 @@ class _Room:
             _warn("slow_client_dropped", client_id=client.id, buffered_bytes=client.buffered_bytes)
 
     def _sweep(self, node: str) -> None:
-        """Check all clients: uvicorn tells nobody of one that stalls as it goes, or only pings."""
+        """Check all clients: uvicorn reports none that stalls while it goes, or that only pings."""
         if node == self.node:
             self.loop.call_later(_SWEEP_SECONDS, self._sweep, node)
             for client in tuple(clients.values()):
@@ -1002,12 +1008,13 @@ _peers = _Peers()
 
 
 def _publish(message: WebSocketMessage, sender: Client | None = None, asker_id: str = "") -> int:
-    """Send a message to its `to`; who asked for that is told if it is an id that nobody has."""
+    """Send a message to its `to`; the client `asker_id` is told if nobody has that id."""
     data = _encode(message)
     limit = _settings.max_message_bytes
     # 128 bytes more are for the keys that the server adds to what a client sent.
-    is_longer = len(data) > limit + 128 and message.from_id == asker_id
-    if is_longer and message.event_name not in _handlers[HandlerType.SERVER]:  # it is relayed
+    has_handler = message.event_name in _handlers[HandlerType.SERVER]
+    is_relayed = message.from_id == asker_id and not has_handler
+    if is_relayed and len(data) > limit + 128:
         text = f"The limit is {limit} bytes, as it would go out: dropped."
         _report(asker_id, "message_too_big", text)
         return 0
@@ -1052,7 +1059,7 @@ _WEB_SCHEMES = ("http", "https", "ws", "wss")
 
 def _is_allowed_origin(text: str, connection: HTTPConnection) -> bool:
     """Tell whether a page's origin is listed, or of the host that its request is for."""
-    with suppress(ValueError):  # it is none, or what is in `Host` is none
+    with suppress(ValueError):  # the Origin, or the Host, is not valid
         origin = _normalise_origin(text)
         if origin in _settings.allowed_origins:
             return True
@@ -1064,9 +1071,9 @@ def _is_allowed_origin(text: str, connection: HTTPConnection) -> bool:
 
 
 def _is_rebound(connection: HTTPConnection) -> bool:
-    """Tell whether a page may have its own name point to this machine (DNS rebinding).
+    """Tell whether a request came in on a loopback address under a foreign name (DNS rebinding).
 
-    What comes in on a loopback address is for localhost, for an address, or for a listed host.
+    Names that are not foreign are localhost, addresses, and the hosts of listed origins.
     """
     server, _ = connection.scope.get("server") or ("", 0)
     is_loopback = server.removeprefix("::ffff:").startswith("127.") or server == "::1"
@@ -1179,7 +1186,7 @@ async def _read_messages(client: Client) -> None:
         if len(data) * 4 > limit and len(data.encode() if isinstance(data, str) else data) > limit:
             _room.leave(client, "message_too_big", 1009, f"The limit is {limit} bytes")
             continue
-        if _settings.max_messages_per_second and client.exceeds_rate():
+        if client.exceeds_rate():
             continue
         try:
             message = parse_message(data)
@@ -1196,13 +1203,13 @@ async def _handle(client: Client, message: WebSocketMessage) -> None:
         if (answer := await handle_msg(message)) is not None:
             _publish(answer, client, client.id)
     except (Exception, asyncio.CancelledError) as error:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise  # it is this connection that is cancelled, not what the handler awaited
         event_name = _handled_as(message.event_name)
         if isinstance(error, InvalidMessageFormat) and error.code == "invalid_payload":
             _report(client.id, error.code, str(error), event_name=event_name)
             return
-        task = asyncio.current_task()
-        if task is not None and task.cancelling():
-            raise  # it is this connection that is cancelled, not what the handler awaited
         text = f"The handler of {event_name!r} failed."
         _report(client.id, "handler_error", text, event_name=event_name, exc_info=True)
 
@@ -1287,7 +1294,10 @@ async def _lifespan(_: FastAPI) -> AsyncIterator[None]:
 
 
 def _perform(request: Sequence[Any]) -> Any:
-    """Perform a request here, whichever process it came to; None if it is not for here."""
+    """Perform a request here, whichever process it came to; None if it is not for here.
+
+    Its first word is what to do, its second who: "all" nodes, or the one that holds a client.
+    """
     match request:
         case ["list", _, limit, after]:
             found = [(client.connected_at + client.id, client) for client in clients.values()]
@@ -1531,7 +1541,7 @@ _LOST_SECONDS = 3  # without a word from Redis
 
 
 class _Line(NamedTuple):
-    """What one node, or "all", is to hear; without text, it is only to be waited for."""
+    """Text for one node, or for "all"; without text it is a barrier that its sender waits for."""
 
     node: str
     text: bytes
@@ -1698,10 +1708,10 @@ class _Cluster(_Peers):
 
     async def _listen(self, pubsub: Any) -> None:
         """Take what the others publish, until nothing is heard for 3 s."""
-        # They are counted, not read from a clock: a process that was paused has not lost Redis. It
-        # has a backlog, up to the answer to its PING, which comes faster than clients take it.
+        # Silences are counted, not timed: a process that was paused has not lost Redis, but has a
+        # backlog. Until its PING is answered, it takes that no faster than its clients do.
         silent_seconds = 0
-        patience = 0.0  # seconds to wait for clients, from a silence to the answer to a PING
+        patience = 0.0  # seconds that it may still wait for them
         while silent_seconds < _LOST_SECONDS:
             message = await pubsub.get_message(timeout=1)
             if message is None:

@@ -1330,6 +1330,22 @@ def test_a_list_is_looked_at_up_to_its_first_wrong_item(registry: None, kind: An
     assert ";" not in str(told.value)
 
 
+class Metadata(BaseModel):
+    """Its field has the name of a key of pydantic's schemas."""
+
+    metadata: list[Point]
+    type: str = ""
+
+
+def test_so_is_one_in_a_field_whose_name_a_schema_has_too(registry: None) -> None:
+    @datadivr.websocket_handler("points")
+    async def points(message: WebSocketMessage[Metadata]) -> None: ...
+
+    with pytest.raises(datadivr.InvalidMessageFormat) as told:
+        asyncio.run(handled("points", {"metadata": [{}] * 5}))
+    assert str(told.value) == "payload.metadata.0.x: Field required"
+
+
 def test_a_fault_of_a_typed_handlers_own_is_not_its_senders(
     registry: None, logged: list[Any]
 ) -> None:
