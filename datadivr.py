@@ -330,8 +330,8 @@ class HandlerType(Enum):
 
 
 # By the event's name: the handler, whether it runs in the event loop, what its payloads must be.
-_Registry = dict[str, tuple[_Handler, bool, _Validator | None]]
-_handlers: dict[HandlerType, _Registry] = {kind: {} for kind in HandlerType}
+_Registered = tuple[_Handler, bool, _Validator | None]
+_handlers: dict[HandlerType, dict[str, _Registered]] = {kind: {} for kind in HandlerType}
 
 
 def websocket_handler(
@@ -419,10 +419,12 @@ def get_handlers(handler_type: HandlerType = HandlerType.SERVER) -> dict[str, _H
     return {name: handler for name, (handler, *_) in _handlers[handler_type].items()}
 
 
-def _handled_as(event_name: str) -> str:
-    """Return the event whose handler runs for this one: itself, or `$default`."""
-    is_own = event_name in _handlers[HandlerType.SERVER] or event_name.startswith("$")
-    return event_name if is_own else "$default"
+def _find_handler(event_name: str) -> tuple[str, _Registered | None]:
+    """Return the event whose handler runs for this one, itself or `$default`, and that handler."""
+    handlers = _handlers[HandlerType.SERVER]
+    if event_name not in handlers and not event_name.startswith("$"):
+        event_name = "$default"
+    return event_name, handlers.get(event_name)
 
 
 async def handle_msg(message: WebSocketMessage) -> WebSocketMessage | None:
@@ -432,8 +434,7 @@ async def handle_msg(message: WebSocketMessage) -> WebSocketMessage | None:
         InvalidMessageFormat: the payload is not of the type that the handler's annotation names.
         TypeError: the handler returned something that is neither a `WebSocketMessage` nor None.
     """
-    event_name = _handled_as(message.event_name)
-    registered = _handlers[HandlerType.SERVER].get(event_name)
+    event_name, registered = _find_handler(message.event_name)
     if registered is None:
         return None if message.event_name.startswith("$") else message
     handler, runs_in_loop, validator = registered
@@ -1012,9 +1013,8 @@ def _publish(message: WebSocketMessage, sender: Client | None = None, asker_id: 
     data = _encode(message)
     limit = _settings.max_message_bytes
     # 128 bytes more are for the keys that the server adds to what a client sent.
-    has_handler = message.event_name in _handlers[HandlerType.SERVER]
-    is_relayed = message.from_id == asker_id and not has_handler
-    if is_relayed and len(data) > limit + 128:
+    is_too_big = len(data) > limit + 128 and message.from_id == asker_id
+    if is_too_big and message.event_name not in _handlers[HandlerType.SERVER]:  # it is relayed
         text = f"The limit is {limit} bytes, as it would go out: dropped."
         _report(asker_id, "message_too_big", text)
         return 0
@@ -1206,7 +1206,7 @@ async def _handle(client: Client, message: WebSocketMessage) -> None:
         task = asyncio.current_task()
         if task is not None and task.cancelling():
             raise  # it is this connection that is cancelled, not what the handler awaited
-        event_name = _handled_as(message.event_name)
+        event_name, _ = _find_handler(message.event_name)
         if isinstance(error, InvalidMessageFormat) and error.code == "invalid_payload":
             _report(client.id, error.code, str(error), event_name=event_name)
             return
