@@ -19,11 +19,12 @@ Copy it into a project, register handlers, and run ``uvicorn datadivr:app``::
         return WebSocketMessage(event_name="greeting", payload="hello", to=message.from_id)
 
 The way of a message through this file: `handle_connection` accepts a client, and `_read_messages`
-takes what it sends. `parse_message` makes a `WebSocketMessage` of it, `handle_msg` runs its event's
-handler, and `_publish` sends the answer, or a message without a handler as it is. `_Room.publish`
-adds it to the `_Turn`: all that is published in one turn of the event loop. When that is over,
-`_Room.flush` writes it to each client at once, through a `_UvicornConnection` or an
-`_AsgiConnection`; `_peers` takes it to the other processes, if there are any.
+reads what the client sends. `parse_message` makes a `WebSocketMessage` of it, and `_handle` runs
+the handler of its event. `_answer` sends what the handler returns, and `_relay` sends a message
+without a handler as it is. `_Hub.publish` adds both to a `_Batch`, which holds the messages of one
+turn of the event loop. After that turn `_Hub.flush` writes the batch to each client at once,
+through a `_UvicornConnection` or an `_AsgiConnection`. `_OtherNodes` takes the messages to the
+other processes, if there are any.
 """
 
 import argparse
@@ -32,10 +33,12 @@ import base64
 import difflib
 import hashlib
 import inspect
+import ipaddress
 import itertools
 import json
 import logging
 import math
+import multiprocessing
 import os
 import re
 import secrets
@@ -43,15 +46,19 @@ import struct
 import sys
 import time
 import uuid
+import warnings
 import zlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import Enum
 from functools import cache, partial
+from importlib import import_module
+from operator import attrgetter
 from pathlib import Path
-from typing import Annotated, Any, ForwardRef, Generic, Literal, NamedTuple, get_args, get_origin
+from typing import Annotated, Any, Generic, Literal, NamedTuple, cast
 from urllib.parse import parse_qs, urlsplit
 from weakref import WeakValueDictionary
 
@@ -67,31 +74,31 @@ from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histo
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.multiprocess import MultiProcessCollector
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, TypeAdapter, ValidationError
-from pydantic_core import ErrorDetails, SchemaValidator, Url
-from pydantic_core.core_schema import ErrorType
+from pydantic_core import PydanticSerializationError, Url, from_json
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect, HTTPConnection
 from starlette.responses import HTMLResponse, PlainTextResponse
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.websockets import WebSocketState
 from typing_extensions import TypeVar
-
-if sys.version_info >= (3, 14):
-    import annotationlib
 
 __all__ = [
     "Announcement", "App", "Client", "ClientInfo", "ClientPage", "HandlerType",
     "InvalidMessageFormat", "Recipients", "WebSocketMessage", "app", "authorize_admin",
     "authorize_client", "broadcast", "clients", "create_error_message", "create_message",
-    "disconnect_client", "get_handlers", "handle_connection", "handle_msg", "main",
-    "parse_message", "router", "sum_handler", "websocket_endpoint", "websocket_handler",
+    "disconnect_client", "get_handlers", "handle_connection", "handle_msg", "join_room",
+    "leave_room", "list_clients", "main", "parse_message", "router", "sum_handler",
+    "websocket_endpoint", "websocket_handler",
 ]  # fmt: skip
 __version__ = "1.0.0"
 
 # ---- Settings and logging ------------------------------------------------------------------------
 
-# What both an Authorization header and a WebSocket subprotocol can carry (RFC 9110, 5.6.2).
-_Token = Annotated[str, Field(pattern=r"^[!#$%&'*+.^_`|~0-9A-Za-z-]+$")]
+# What both an Authorization header and a WebSocket subprotocol can carry (RFC 9110, 5.6.2). The
+# line feed at the end of many a file with a secret is not part of it.
+_TokenText = Annotated[str, Field(pattern=r"^[!#$%&'*+.^_`|~0-9A-Za-z-]+$")]
+_Token = Annotated[_TokenText, BeforeValidator(str.strip)]
 
 
 def _normalise_origin(text: str) -> str:
@@ -112,29 +119,26 @@ _Level = Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
 
 
 class _Settings(BaseModel, alias_generator=lambda name: f"DATADIVR_{name.upper()}"):
-    """One process's secrets and limits, each from ``DATADIVR_`` and its name in capitals."""
+    """The secrets and limits of one process, each from ``DATADIVR_`` and its name in capitals."""
 
-    admin_token: _Token | None = None  # of the admin API; a random one is made up and logged
-    client_token: _Token | None = None  # that clients must bring
-    metrics_token: _Token | None = None  # that /metrics asks for, if it is not the admin's
-    allowed_origins: _Origins = ()  # of pages from elsewhere, by commas; "*" is any
-    max_message_bytes: _Positive = 1024 * 1024  # from a client, in UTF-8
-    max_messages_per_second: _Limit = 0  # from one client; the others are dropped
+    admin_token: _Token | None = None  # of the admin API; without it a random one is made
+    client_token: _Token | None = None  # clients must send it
+    metrics_token: _Token | None = None  # /metrics asks for it, or for the admin token
+    allowed_origins: _Origins = ()  # of pages from elsewhere, separated by commas; "*" is any
+    max_message_bytes: _Positive = 1024 * 1024  # of one message, in UTF-8
+    max_messages_per_second: _Limit = 0  # from one client; the server drops the rest
     max_clients: _Limit = 0  # connected at once
-    max_buffer_bytes: _Positive = 4 * 1024 * 1024  # unsent to one client, which is then dropped
+    max_buffer_bytes: _Positive = 4 * 1024 * 1024  # unsent to one client; above it, it is dropped
     compress_min_bytes: _Limit = 1024  # of a message that is compressed, once for all; 0 is none
     redis_url: Annotated[str, Field(pattern="^(rediss?|unix)://")] | None = None
-    redis_prefix: str = "datadivr"  # of channels' names: one per installation
+    redis_prefix: str = "datadivr"  # of the channels' names: one for each installation
     log_level: Annotated[_Level, BeforeValidator(str.upper)] = "INFO"
     log_format: Annotated[Literal["console", "json"], BeforeValidator(str.lower)] = "console"
 
 
 def _read_settings(environ: Mapping[str, str]) -> _Settings:
-    """Read the settings from variables; ValueError names each that is wrong, but no secret."""
-    protected = environ.get("DATADIVR_PROTECT_METRICS", "").lower()  # as older versions had it
-    if protected not in ("", "0", "false") and "DATADIVR_METRICS_TOKEN" not in environ:
-        raise ValueError("DATADIVR_PROTECT_METRICS: set DATADIVR_METRICS_TOKEN in its place")
-    # An empty variable counts as unset, but for a token: one that was not injected is an error.
+    """Read the settings from variables; the ValueError names each wrong one, but no secret."""
+    # An empty variable counts as unset. An empty token is an error: its secret was not injected.
     variables = {name: text for name, text in environ.items() if text or name.endswith("_TOKEN")}
     try:
         return _Settings.model_validate(variables)
@@ -148,340 +152,148 @@ def _read_settings(environ: Mapping[str, str]) -> _Settings:
         raise ValueError("; ".join(faults)) from None
 
 
-_settings = _read_settings(os.environ)
-_is_log_ours = not structlog.is_configured()  # as the host project may have done
-_processors: list[Any] = [
-    structlog.contextvars.merge_contextvars,
-    structlog.processors.add_log_level,
-    structlog.processors.TimeStamper(fmt="iso", utc=True),
-    structlog.processors.format_exc_info,
-]
+@cache
+def _settings() -> _Settings:
+    """Return the settings, read from the environment at the first use and not at the import."""
+    return _read_settings(os.environ)
 
 
-def _format_uvicorns_log() -> None:
-    """Make uvicorn's own lines JSON too, where ours are and no format of its user's is set."""
-    if not _is_log_ours or _settings.log_format != "json":
-        return
-    renderer = structlog.processors.JSONRenderer()
-    formatter = structlog.stdlib.ProcessorFormatter(renderer, foreign_pre_chain=_processors)
-    handlers = logging.getLogger("uvicorn").handlers + logging.getLogger("uvicorn.access").handlers
-    for handler in handlers:
-        if type(handler.formatter).__module__ == "uvicorn.logging":
-            handler.setFormatter(formatter)
+class _LastResort(logging.StreamHandler[Any]):
+    """Writes records to standard output where the host has no handler that takes them.
+
+    `logging` calls its handler of last resort only where it finds no other one. So each line is
+    written once, whenever the host configures `logging`.
+    """
+
+    def __init__(self, takes_all: bool) -> None:
+        super().__init__(sys.stdout)
+        self._takes_all = takes_all
+        self._previous = logging.lastResort
+        # The default formatter of tracebacks shows local variables, and so payloads.
+        renderer: Any = structlog.dev.ConsoleRenderer(
+            colors=sys.stdout.isatty(), exception_formatter=structlog.dev.plain_traceback
+        )
+        if _settings().log_format == "json":
+            renderer = structlog.processors.JSONRenderer()
+        processors: list[Any] = [
+            lambda _, __, event: event | getattr(event["_record"], "datadivr", {}),
+            structlog.stdlib.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+            structlog.processors.format_exc_info,
+            renderer,
+        ]
+        self.setFormatter(structlog.stdlib.ProcessorFormatter(processors=processors))
+
+    def handle(self, record: logging.LogRecord) -> Any:
+        if self._takes_all or record.name == "datadivr":
+            return super().handle(record)
+        if self._previous is not None and record.levelno >= self._previous.level:
+            return self._previous.handle(record)
+        return False
 
 
-if _is_log_ours:
-    # The default formatter of tracebacks shows local variables, and so payloads.
-    _plain, _is_tty = structlog.dev.plain_traceback, sys.stdout.isatty()
-    _renderer: Any = structlog.dev.ConsoleRenderer(colors=_is_tty, exception_formatter=_plain)
-    if _settings.log_format == "json":
-        _renderer = structlog.processors.JSONRenderer()
-    structlog.configure(
-        processors=[*_processors, _renderer],
-        wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, _settings.log_level)),
-        logger_factory=structlog.stdlib.LoggerFactory(),  # whose handlers never raise
-    )
-    logging.getLogger("datadivr").setLevel(_settings.log_level)
-    if not logging.getLogger("datadivr").hasHandlers():
-        logging.getLogger("datadivr").addHandler(logging.StreamHandler(sys.stdout))
-    _format_uvicorns_log()
-_log = structlog.get_logger("datadivr")
-_variables = [str(field.alias) for field in _Settings.model_fields.values()]
-for _variable in os.environ.keys() - set(_variables):
-    for _meant in difflib.get_close_matches(_variable.upper(), _variables, 1, 0.89):
-        _log.critical("unknown_setting", variable=_variable, hint=f"perhaps {_meant} is meant")
-_warned_at: dict[tuple[str, object], float] = {}
+@cache
+def _last_resort() -> _LastResort:
+    """Put the handler of last resort in place; in JSON, have it write all lines of the process."""
+    is_configured = structlog.is_configured() or logging.getLogger().handlers
+    is_json = _settings().log_format == "json" and not is_configured
+    handler = logging.lastResort = _LastResort(takes_all=is_json)
+    if is_json:
+        # `logging.captureWarnings` would add a handler that hides them.
+        warnings.showwarning = cast(Any, _log_warning)
+        loggers = (logging.getLogger(name) for name in ("uvicorn", "uvicorn.access"))
+        for uvicorns in itertools.chain.from_iterable(logger.handlers for logger in loggers):
+            if type(uvicorns.formatter).__module__ == "uvicorn.logging":  # not its user's
+                uvicorns.setFormatter(handler.formatter)
+    return handler
 
 
-def _warn(event: str, **fields: Any) -> None:
-    """Log what anybody can bring about: once a minute as a warning, otherwise for DEBUG."""
+def _log_warning(message: Any, category: Any, filename: str, lineno: int, *_: Any) -> None:
+    text = warnings.formatwarning(message, category, filename, lineno)
+    logging.getLogger("py.warnings").warning("%s", text.strip())
+
+
+@cache
+def _logger() -> logging.Logger:
+    """Return the logger of a process whose host has not configured structlog."""
+    registered = logging.getLogger("datadivr")
+    if registered.level == logging.NOTSET:
+        registered.setLevel(_settings().log_level)
+    # `dictConfig` disables the loggers that exist by default. It does not know of this one, which
+    # has the level and the handlers of the registered one.
+    logger = logging.Logger("datadivr")
+    logger.parent = registered
+    _last_resort()
+    return logger
+
+
+def _escape(value: Any) -> Any:
+    """Escape control characters in a text: it may come from anybody and go to a terminal."""
+    if not isinstance(value, str) or value.isprintable():
+        return value
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in value)
+
+
+def _log(level: str, event: str, exc_info: BaseException | None = None, **fields: Any) -> None:
+    """Log by the host's structlog if it is configured by now, otherwise by `logging`.
+
+    Formatters of `logging` get a line of text; the fields are in the record's `datadivr`.
+    """
+    fields = {name: _escape(value) for name, value in fields.items()}
+    with suppress(Exception):  # a log that cannot be written must not cost a client its connection
+        if structlog.is_configured():
+            exception = {"exc_info": exc_info} if exc_info is not None else {}
+            getattr(structlog.get_logger("datadivr"), level)(event, **fields, **exception)
+            return
+        number = logging.getLevelNamesMapping()[level.upper()]
+        if _logger().isEnabledFor(number):
+            text = " ".join([event, *(f"{name}={value!r}" for name, value in fields.items())])
+            extra = {"datadivr": {"event": event, **fields}}
+            _logger().log(number, "%s", text, exc_info=exc_info, extra=extra)
+
+
+_logged_at: dict[tuple[str, object], float] = {}
+
+
+def _warn(event: str, level: str = "warning", **fields: Any) -> None:
+    """Log what anybody can bring about: once a minute at its level, otherwise for DEBUG."""
     key = event, fields.get("event_name")  # one handler's faults must not hide another's
     now = time.monotonic()
-    if now - _warned_at.get(key, -math.inf) < 60:
-        _log.debug(event, **fields)
+    if now - _logged_at.get(key, -math.inf) < 60:
+        level = "debug"
     else:
-        _warned_at[key] = now
-        _log.warning(event, **fields)
+        _logged_at[key] = now
+    _log(level, event, **fields)
 
 
-# ---- Messages ------------------------------------------------------------------------------------
-
-_EVERYBODY = ("all", "others")
-_EventName = Annotated[str, Field(min_length=1, max_length=128)]
-_UnreservedEventName = Annotated[_EventName, Field(pattern=r"^[^$]")]
-_PayloadT = TypeVar("_PayloadT", default=Any)
-
-
-class InvalidMessageFormat(ValueError):  # noqa: N818  # a promised name
-    """Says which fields are wrong; `code` is "invalid_message", or "invalid_payload"."""
-
-    def __init__(self, text: str, code: str = "invalid_message") -> None:
-        super().__init__(text)
-        self.code = code
-
-
-class WebSocketMessage(BaseModel, Generic[_PayloadT]):
-    """One message, as it goes over the wire in JSON, with all five keys."""
-
-    event_name: _EventName  # 1 to 128 characters; those that begin with "$" are the server's own
-    payload: _PayloadT = None  # type: ignore[assignment]  # any JSON, or `WebSocketMessage[type]`
-    to: str = "others"  # all but the sender; or "all", or one client's id
-    from_id: str = "server"  # or the id of the client that sent it
-    message: str | None = None  # a sentence for people
-
-
-class _ClientMessage(WebSocketMessage):
-    event_name: _UnreservedEventName
-
-
-def _stop_early(schema: Any) -> Any:
-    """Have lists end at their first wrong item: all of a megabyte's take 0.2 s and more."""
-    if type(schema) in (list, tuple):
-        return type(schema)(map(_stop_early, schema))
-    if isinstance(schema, dict):
-        is_schema = isinstance(schema.get("type"), str)  # or it is a model's fields, by name
-        kept = ("default", "metadata", "serialization") if is_schema else ()
-        parts = schema.items()
-        schema = {key: part if key in kept else _stop_early(part) for key, part in parts}
-        if schema.get("type") in ("list", "tuple", "set", "frozenset"):
-            schema["fail_fast"] = True
-    return schema
-
-
-# Kinds of errors whose sentence has nothing of the input in it, but for what a validator says.
-_PLAIN_ERRORS = {*get_args(ErrorType)} - {"import_error", "uuid_parsing"}
-
-
-class _Validator:
-    """What makes messages of one type; it says which fields are wrong, without the input."""
-
-    def __init__(self, message_type: Any, code: str) -> None:
-        schema = _stop_early(TypeAdapter(message_type).core_schema)
-        try:
-            self._validate = SchemaValidator(schema, _use_prebuilt=False).validate_json
-        except TypeError:  # pydantic before 2.12, which makes all of it anew
-            self._validate = SchemaValidator(schema).validate_json
-        self._schema = repr(schema)
-        self._code = code
-
-    def __call__(self, data: str | bytes) -> WebSocketMessage:
-        try:
-            message: WebSocketMessage = self._validate(data)
-            return message
-        except ValidationError as error:
-            text = f"{error.error_count()} fields are wrong"
-            if error.error_count() <= 20:  # a dict of a megabyte can have as many as it has keys
-                details = error.errors(include_input=False, include_url=False)
-                text = "; ".join(map(self._describe, details))[:500]
-            raise InvalidMessageFormat(text, self._code) from None
-
-    def _describe(self, detail: ErrorDetails) -> str:
-        path = []
-        for part in detail["loc"]:  # a key that is not of the schema is input
-            is_known = isinstance(part, int) or repr(part) in self._schema
-            path.append(str(part) if is_known else "*")
-        text = detail["msg"]
-        if detail["type"] == "union_tag_invalid":
-            text = f"Expected one of the tags {detail['ctx']['expected_tags']}"
-        elif detail["type"] not in _PLAIN_ERRORS:
-            text = f"Input is not valid ({detail['type']})"
-        return f"{'.'.join(path) or 'message'}: {text}"
-
-
-_validate_client_message = _Validator(_ClientMessage, "invalid_message")
-# Makes bytes, where `model_dump_json` makes text; raises PydanticSerializationError for a payload
-# that JSON cannot hold. NaN and infinity become null.
-_encode = partial(TypeAdapter(WebSocketMessage).dump_json, by_alias=True)
-
-
-def parse_message(data: str | bytes) -> WebSocketMessage:
-    """Make a message of the JSON that a client sent; InvalidMessageFormat names what is wrong."""
-    return _validate_client_message(data)
-
-
-def create_message(
-    event_name: str, payload: Any, to: str, message: str | None = None
-) -> WebSocketMessage:
-    """Make a message from the server."""
-    return WebSocketMessage(event_name=event_name, payload=payload, to=to, message=message)
-
-
-def create_error_message(error_msg: str, to: str, code: str = "error") -> WebSocketMessage:
-    """Make an `error` message: a sentence in `message`, and a `code` for programs in `payload`."""
-    return create_message("error", {"code": code}, to, error_msg)
-
-
-# ---- Handlers ------------------------------------------------------------------------------------
-
-_Answer = WebSocketMessage | None
-_Handler = Callable[[WebSocketMessage], _Answer | Awaitable[_Answer]]
-_HandlerT = TypeVar("_HandlerT", bound=_Handler)
-
-
-class HandlerType(Enum):
-    """Who runs a handler: this server (SERVER, BOTH), or a client of one's own (CLIENT, BOTH).
-
-    No client is in this file: one in Python finds what to run with `get_handlers`.
-    """
-
-    SERVER = "server"
-    CLIENT = "client"
-    BOTH = "both"
-
-
-# By the event's name: the handler, whether it runs in the event loop, what its payloads must be.
-_Registered = tuple[_Handler, bool, _Validator | None]
-_handlers: dict[HandlerType, dict[str, _Registered]] = {kind: {} for kind in HandlerType}
-
-
-def websocket_handler(
-    event_name: str, handler_type: HandlerType = HandlerType.SERVER
-) -> Callable[[_HandlerT], _HandlerT]:
-    """Register the decorated function for an event; the last registration of a name wins.
-
-    It takes a `WebSocketMessage` and returns one, which goes to its `to`, or None. A coroutine
-    function runs in the event loop, which it must not block, a plain one in one of AnyIO's 40
-    threads. `$connect` and `$disconnect` are the events of a client that came or went, `$default`
-    is any event without a handler of its own. Annotated `WebSocketMessage[type]`, it runs for such
-    payloads alone; others get an `invalid_payload`.
-
-    Raises:
-        TypeError: it is written without parentheses, or the function does not take one message.
-        ValueError: no message can have this name.
-        NameError: the annotation is text and names a type that is not there, or not yet.
-    """
-    if not isinstance(event_name, str):
-        raise TypeError(f'write @websocket_handler("event"), got {event_name!r} as the event')
-    if not re.fullmatch(r"\$connect|\$disconnect|\$default|[^$][\s\S]{0,127}", event_name):
-        expected = "$connect, $disconnect, $default, or 1 to 128 characters that begin without $"
-        raise ValueError(f"expected {expected}, got {event_name!r}")
-
-    def register(handler: _HandlerT) -> _HandlerT:
-        called = handler if inspect.isroutine(handler) else type(handler).__call__
-        registered = handler, inspect.iscoroutinefunction(called), _find_validator(handler)
-        for kind in HandlerType if handler_type is HandlerType.BOTH else (handler_type,):
-            _handlers[kind][event_name] = registered
-        return handler
-
-    return register
-
-
-def _find_validator(handler: _Handler) -> _Validator | None:
-    """Return what validates a handler's messages; None where these may have any payload."""
-    name = getattr(handler, "__name__", type(handler).__name__)
-    options: dict[str, Any] = {}
-    if sys.version_info >= (3, 14):  # which would evaluate all annotations
-        options["annotation_format"] = annotationlib.Format.FORWARDREF
-    try:
-        called = inspect.signature(handler, follow_wrapped=False, **options)
-        parameter = next(iter(inspect.signature(handler, **options).parameters.values()), None)
-    except ValueError:  # it is written in C
-        return None
-    try:
-        called.bind(None)
-    except TypeError:
-        raise TypeError(f"{name}{called}: a handler takes one message") from None
-    for other in called.parameters.values():
-        if isinstance(other.default, (Dependency, Param)):
-            raise TypeError(f"{name}{called}: a handler takes one message, and no dependencies")
-    annotation = parameter.annotation if parameter is not None else None
-    function: Any = inspect.unwrap(getattr(handler, "func", handler))  # of a functools.partial
-    if not inspect.isroutine(function):
-        function = type(function).__call__
-    names = {"WebSocketMessage": WebSocketMessage, **getattr(function, "__globals__", {})}
-    try:
-        annotation = getattr(annotation, "__forward_arg__", annotation)
-        if isinstance(annotation, str):
-            annotation = eval(annotation, names)
-        if not _mentions_payload(annotation):
-            return None
-        return _Validator(annotation, "invalid_payload")
-    except Exception as error:
-        text = f"{name}: {annotation!r} cannot be read; is each name in it defined by now?"
-        raise NameError(text) from error
-
-
-def _mentions_payload(annotation: Any) -> bool:
-    """Tell whether an annotation has a `WebSocketMessage[type]` in it; NameError for a text."""
-    if isinstance(annotation, (str, ForwardRef)):
-        raise NameError(annotation)
-    for name in ("__value__", "__supertype__", "__bound__"):  # of `type`, NewType, TypeVar
-        annotation = getattr(annotation, name, None) or annotation
-    if inspect.isclass(annotation) and issubclass(annotation, WebSocketMessage):
-        return annotation is not WebSocketMessage
-    if get_origin(annotation) is Annotated:
-        return _mentions_payload(get_args(annotation)[0])
-    return any(_mentions_payload(part) for part in get_args(annotation))
-
-
-def get_handlers(handler_type: HandlerType = HandlerType.SERVER) -> dict[str, _Handler]:
-    """Return the handlers of one type, those of BOTH among them, by event name."""
-    return {name: handler for name, (handler, *_) in _handlers[handler_type].items()}
-
-
-def _find_handler(event_name: str) -> tuple[str, _Registered | None]:
-    """Return the event whose handler runs for this one, itself or `$default`, and that handler."""
-    handlers = _handlers[HandlerType.SERVER]
-    if event_name not in handlers and not event_name.startswith("$"):
-        event_name = "$default"
-    return event_name, handlers.get(event_name)
-
-
-async def handle_msg(message: WebSocketMessage) -> WebSocketMessage | None:
-    """Run a message's handler and return its answer; without a handler, the message is that.
-
-    Raises:
-        InvalidMessageFormat: the payload is not of the type that the handler's annotation names.
-        TypeError: the handler returned something that is neither a `WebSocketMessage` nor None.
-    """
-    event_name, registered = _find_handler(message.event_name)
-    if registered is None:
-        return None if message.event_name.startswith("$") else message
-    handler, runs_in_loop, validator = registered
-    if validator is not None:
-        message = validator(_encode(message))
-    with _handler_seconds.labels(event_name).time():
-        answer = handler(message) if runs_in_loop else await run_in_threadpool(handler, message)
-        if inspect.isawaitable(answer):
-            answer = await answer
-    if answer is not None and not isinstance(answer, WebSocketMessage):
-        raise TypeError(f"expected a WebSocketMessage or None, got {type(answer).__name__}")
-    return answer
-
-
-@websocket_handler("whoami")
-async def _whoami_handler(message: WebSocketMessage) -> WebSocketMessage:
-    return create_message("whoami", message.from_id, message.from_id)
-
-
-class _Numbers(BaseModel):
-    numbers: list[Annotated[float, Field(allow_inf_nan=False)]]
-
-
-_validate_numbers = _Validator(WebSocketMessage[_Numbers], "invalid_payload")
-
-
-@websocket_handler("sum_event")
-async def sum_handler(message: WebSocketMessage) -> WebSocketMessage:
-    """Answer `{"numbers": [...]}` with their sum, a float (`math.fsum`), or an error message."""
-    try:
-        numbers = _validate_numbers(_encode(message)).payload.numbers
-        return create_message("sum_handler_result", math.fsum(numbers), message.from_id)
-    except InvalidMessageFormat as error:
-        text = str(error)
-    except OverflowError:
-        text = "payload.numbers: Sum should be a finite number"
-    _errors_total.labels("invalid_payload").inc()
-    return create_error_message(text, message.from_id, "invalid_payload")
+@cache
+def _check_environment() -> None:
+    """Warn of what is probably wrong in the settings, once."""
+    settings = _settings()
+    variables = [str(field.alias) for field in _Settings.model_fields.values()]
+    for variable in os.environ.keys() - set(variables):
+        for meant in difflib.get_close_matches(variable.upper(), variables, 1, 0.89):
+            _log("critical", "unknown_setting", variable=variable, hint=f"is {meant} meant?")
+    if settings.max_buffer_bytes < settings.max_message_bytes:
+        hint = "DATADIVR_MAX_BUFFER_BYTES should be at least DATADIVR_MAX_MESSAGE_BYTES"
+        _log("warning", "small_buffer", hint=hint)
+    is_reloader = "--reload" in sys.argv  # which has one process, as a child
+    is_worker = multiprocessing.parent_process() is not None and not is_reloader
+    has_workers = os.environ.get("WEB_CONCURRENCY", "1") != "1"
+    is_gunicorns = os.environ.get("SERVER_SOFTWARE", "").startswith("gunicorn")
+    if settings.redis_url is None and (is_worker or has_workers or is_gunicorns):
+        hint = "several workers are one server only with DATADIVR_REDIS_URL"
+        _log("warning", "processes_are_apart", hint=hint)
 
 
 # ---- Metrics -------------------------------------------------------------------------------------
 
 _MetricT = TypeVar("_MetricT", Counter, Gauge, Histogram)
 _ERROR_TYPES = (
-    "invalid_message", "invalid_payload", "unknown_recipient", "handler_error", "rate_limited",
-    "message_too_big", "slow_client", "origin_refused", "unauthorized", "too_many_clients",
-    "admin_unauthorized", "redis",
+    "invalid_message", "invalid_payload", "unknown_recipient", "not_in_room", "refused",
+    "handler_error", "rate_limited", "message_too_big", "slow_client", "origin_refused",
+    "unauthorized", "forbidden", "too_many_clients", "admin_unauthorized", "redis",
 )  # fmt: skip
 
 
@@ -492,6 +304,7 @@ def _declare(kind: type[_MetricT], name: str, text: str, *labels: str, **options
 
 
 _connected = _declare(Gauge, "clients", "Clients connected now.", multiprocess_mode="livesum")
+_rooms_gauge = _declare(Gauge, "rooms", "Rooms with clients in them.", multiprocess_mode="livesum")
 _connections_total = _declare(Counter, "connections_total", "Clients that connected.")
 _disconnections_total = _declare(Counter, "disconnections_total", "Clients that went.", "reason")
 _received_total = _declare(Counter, "messages_received_total", "Messages from clients.")
@@ -512,8 +325,6 @@ for _reason in ("client", "admin", "slow_client", "keepalive", "message_too_big"
     _disconnections_total.labels(_reason)
 for _type in _ERROR_TYPES:
     _errors_total.labels(_type)
-for _event_name in _handlers[HandlerType.SERVER]:
-    _handler_seconds.labels(_event_name)
 
 
 def _collect_metrics() -> CollectorRegistry:
@@ -521,7 +332,7 @@ def _collect_metrics() -> CollectorRegistry:
     folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
     if not folder:
         return REGISTRY
-    # A worker that was killed leaves its gauges. (On Windows, to ask for it would be Ctrl+C.)
+    # A worker that was killed leaves its gauges. (On Windows `os.kill` would stop a live one.)
     for path in Path(folder).glob("gauge_live*_[0-9]*.db") if os.name == "posix" else ():
         with suppress(PermissionError):  # it runs, as another user
             try:
@@ -529,8 +340,345 @@ def _collect_metrics() -> CollectorRegistry:
             except ProcessLookupError:
                 path.unlink(missing_ok=True)
     registry = CollectorRegistry()
-    MultiProcessCollector(registry, folder)  # type: ignore[no-untyped-call]
+    collector: Any = MultiProcessCollector
+    collector(registry, folder)
     return registry
+
+
+# ---- Messages ------------------------------------------------------------------------------------
+
+_EVERYBODY = ("all", "others")
+_EventName = Annotated[str, Field(min_length=1, max_length=128)]
+_UnreservedEventName = Annotated[_EventName, Field(pattern=r"^[^$]")]
+_PayloadT = TypeVar("_PayloadT", default=Any)
+_MessageId = Annotated[int, Field(strict=True)] | Annotated[str, Field(max_length=128)]
+_ROOM_NAME = re.compile(r"[^\s\x00-\x1f\x7f-\x9f\ud800-\udfff/#]{1,100}")
+
+
+def _check_room(room: Any) -> str:
+    """Return a room's name; ValueError if it is not one."""
+    if not isinstance(room, str) or not _ROOM_NAME.fullmatch(room):
+        text = "a room's name of 1 to 100 characters, without white space, control characters, /, #"
+        raise ValueError(f"expected {text}; got {room!r}")
+    return room
+
+
+def _check_to(to: str) -> str:
+    """Return what a message is addressed to; ValueError if it is a room without a right name."""
+    if to.startswith("#"):
+        _check_room(to[1:])
+    return to
+
+
+class InvalidMessageFormat(ValueError):
+    """Says which fields are wrong; `code` is "invalid_message" or "invalid_payload"."""
+
+    def __init__(self, text: str, code: str = "invalid_message") -> None:
+        super().__init__(text)
+        self.code = code
+
+
+class WebSocketMessage(BaseModel, Generic[_PayloadT]):
+    """One message, which goes over the wire as JSON: five keys, and `id` where it has one."""
+
+    event_name: _EventName  # 1 to 128 characters; those that begin with "$" are the server's own
+    payload: _PayloadT = cast(Any, None)  # any JSON, or `WebSocketMessage[type]`
+    # All but the sender; or "all", one client's id, or "#" and the name of a room.
+    to: Annotated[str, AfterValidator(_check_to)] = "others"
+    from_id: str = "server"  # or the id of the client that sent it
+    message: str | None = None  # a sentence for people
+    id: _MessageId | None = None  # the sender's mark for a question; the answer has it too
+
+
+class _ClientMessage(WebSocketMessage):
+    event_name: _UnreservedEventName
+
+
+_Validate = Callable[[str | bytes], Any]
+
+
+def _parse(validate: _Validate, data: str | bytes, code: str) -> Any:
+    """Validate JSON; InvalidMessageFormat names the wrong fields, without their values."""
+    try:
+        return validate(data)
+    except ValidationError as error:
+        text = f"{error.error_count()} fields are wrong"
+        if error.error_count() <= 20:  # a megabyte can hold a hundred thousand
+            faults = []
+            for detail in error.errors(include_input=False, include_url=False):
+                place = ".".join(map(str, detail["loc"])) or "message"
+                faults.append(f"{place}: {detail['msg']}")
+            text = "; ".join(faults)[:500]
+        raise InvalidMessageFormat(text, code) from None
+
+
+# The adapters' own methods cost half a microsecond more.
+_validate_client_message: _Validate = TypeAdapter(_ClientMessage).validator.validate_json
+
+
+def parse_message(data: str | bytes) -> WebSocketMessage:
+    """Make a message of the JSON that a client sent.
+
+    Raises:
+        InvalidMessageFormat: it is not a message; the text names the fields that are wrong.
+    """
+    message: WebSocketMessage = _parse(_validate_client_message, data, "invalid_message")
+    return message
+
+
+def _to_list(value: Any) -> Any:
+    """Return what numpy's and pandas' values are in Python; TypeError for other foreign types."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"{type(value).__module__}.{type(value).__qualname__}")
+
+
+# Makes bytes, where `model_dump_json` makes text. NaN and infinity become null.
+_to_json = partial(TypeAdapter(WebSocketMessage).serializer.to_json, fallback=_to_list)
+_payload_to_json = partial(TypeAdapter(Any).serializer.to_json, fallback=_to_list)
+_WITHOUT_ID = {"id"}
+
+
+def _encode(message: WebSocketMessage) -> bytes:
+    """Return a message as JSON.
+
+    Raises:
+        TypeError: it is no `WebSocketMessage`, or a subclass with fields that would be lost.
+        PydanticSerializationError: JSON cannot hold its payload; the text names place and type.
+    """
+    _check_type(type(message))
+    try:
+        return _to_json(message, by_alias=True, exclude=_WITHOUT_ID if message.id is None else None)
+    except PydanticSerializationError as error:
+        place, value = _find_unencodable(message.payload, "payload")
+        text = f"{place}: {type(value).__name__} cannot go out as JSON: {error}"
+        raise PydanticSerializationError(text) from None
+
+
+@cache
+def _check_type(kind: type) -> None:
+    if not issubclass(kind, WebSocketMessage):
+        raise TypeError(f"expected a WebSocketMessage, got {kind.__name__}")
+    if own := kind.model_fields.keys() - WebSocketMessage.model_fields.keys():
+        raise TypeError(f"{kind.__name__}: {', '.join(sorted(own))} belongs in `payload`")
+
+
+def _find_unencodable(value: Any, place: str) -> tuple[str, Any]:
+    """Return the innermost part that JSON cannot hold, and where it is."""
+    for _ in range(20):  # a list that contains itself has no innermost part
+        parts: Any = value if isinstance(value, list | tuple) else ()
+        named = dict(value) if isinstance(value, Mapping | BaseModel) else dict(enumerate(parts))
+        for name, part in named.items():
+            try:
+                _payload_to_json(part)
+            except PydanticSerializationError:
+                value, place = part, f"{place}.{name}"
+                break
+        else:
+            break
+    return place, value
+
+
+def create_message(
+    event_name: str,
+    payload: Any,
+    to: str,
+    message: str | None = None,
+    id: int | str | None = None,
+) -> WebSocketMessage:
+    """Make a message from the server.
+
+    Raises:
+        ValueError: a field is wrong, such as a room's name in `to` (pydantic's ValidationError).
+    """
+    return WebSocketMessage(event_name=event_name, payload=payload, to=to, message=message, id=id)
+
+
+def create_error_message(
+    error_msg: str, to: str, code: str = "error", id: int | str | None = None
+) -> WebSocketMessage:
+    """Make an `error` message: a sentence in `message`, and a `code` for programs in `payload`."""
+    return create_message("error", {"code": code}, to, error_msg, id)
+
+
+# ---- Handlers ------------------------------------------------------------------------------------
+
+_Answer = WebSocketMessage | None
+_Handler = Callable[[WebSocketMessage], _Answer | Awaitable[_Answer]]
+_HandlerT = TypeVar("_HandlerT", bound=_Handler)
+
+
+class HandlerType(Enum):
+    """Where a handler runs: in this server (SERVER, BOTH), or in a client (CLIENT, BOTH).
+
+    This file has no client. One of your own in Python finds its handlers with `get_handlers`.
+    """
+
+    SERVER = "server"
+    CLIENT = "client"
+    BOTH = "both"
+
+
+class _Registered(NamedTuple):
+    handler: _Handler
+    runs_in_loop: bool  # or in a thread
+    validate: _Validate | None  # makes its messages of JSON; None where it takes any
+    seconds: Histogram
+
+
+_handlers: dict[HandlerType, dict[str, _Registered]] = {kind: {} for kind in HandlerType}
+_server_handlers = _handlers[HandlerType.SERVER]
+_replaced_events: list[str] = []  # which an import must not log
+
+
+def websocket_handler(
+    event_name: str, handler_type: HandlerType = HandlerType.SERVER
+) -> Callable[[_HandlerT], _HandlerT]:
+    """Register the decorated function for an event; the last registration of a name wins.
+
+    The function takes a `WebSocketMessage` and returns one, which goes to its `to`, or None. A
+    coroutine function runs in the event loop and must not block it. A plain function runs in one
+    of AnyIO's 40 threads. `$connect` and `$disconnect` are the events of a client that came or
+    went; `$default` is any event without a handler of its own. A function whose parameter is
+    annotated `WebSocketMessage[type]` runs for such payloads alone; for others the sender gets an
+    `invalid_payload`. An HTTPException that it raises goes to the sender as a `refused`.
+
+    Raises:
+        TypeError: it is written without parentheses, or the function does not take one message.
+        ValueError: no message can have this name.
+        NameError: an annotation names something that is not defined, or not yet.
+    """
+    if not isinstance(event_name, str):
+        raise TypeError(f'write @websocket_handler("event"), got {event_name!r} as the event')
+    if not re.fullmatch(r"\$connect|\$disconnect|\$default|[^$][\s\S]{0,127}", event_name):
+        expected = "$connect, $disconnect, $default, or 1 to 128 characters that begin without $"
+        raise ValueError(f"expected {expected}, got {event_name!r}")
+
+    def register(handler: _HandlerT) -> _HandlerT:
+        seconds = _handler_seconds.labels(event_name)
+        registered = _Registered(handler, _runs_in_loop(handler), _find_validate(handler), seconds)
+        if event_name in _handlers[HandlerType.BOTH]:
+            for handlers in _handlers.values():
+                handlers.pop(event_name, None)
+            _replaced_events.append(event_name)
+        for kind in HandlerType if handler_type is HandlerType.BOTH else (handler_type,):
+            if event_name in _handlers[kind]:
+                _replaced_events.append(event_name)
+            _handlers[kind][event_name] = registered
+        return handler
+
+    return register
+
+
+def _runs_in_loop(handler: _Handler) -> bool:
+    """Tell whether a handler is a coroutine function; TypeError if it is a generator function."""
+    function: Any = handler
+    while isinstance(function, partial):
+        function = function.func
+    if not inspect.isroutine(function):
+        function = type(function).__call__
+    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+        raise TypeError(f"{_name_of(handler)}: a handler returns a message, and yields none")
+    return inspect.iscoroutinefunction(function)
+
+
+def _find_validate(handler: _Handler) -> _Validate | None:
+    """Return what makes a handler's messages of JSON; None where it takes them as they came."""
+    name = _name_of(handler)
+    try:
+        called = inspect.signature(handler, follow_wrapped=False)
+        parameters = [*inspect.signature(handler, eval_str=True).parameters.values()]
+        annotation = parameters[0].annotation if parameters else Any
+        is_plain = annotation in (inspect.Parameter.empty, Any, WebSocketMessage)
+        validate = None if is_plain else TypeAdapter(annotation).validator.validate_json
+    except ValueError:  # it is written in C, and has no annotations
+        return None
+    except Exception as error:
+        text = f"{name}: {error}; its annotations must name what is defined when it is registered"
+        raise NameError(text) from error
+    try:
+        called.bind(None)
+    except TypeError:
+        raise TypeError(f"{name}{called}: a handler takes one message") from None
+    if any(isinstance(parameter.default, Dependency | Param) for parameter in parameters):
+        raise TypeError(f"{name}{called}: a handler takes one message, and no dependencies")
+    return validate
+
+
+def _name_of(handler: _Handler) -> str:
+    return getattr(handler, "__name__", type(handler).__name__)
+
+
+def get_handlers(handler_type: HandlerType = HandlerType.SERVER) -> dict[str, _Handler]:
+    """Return the handlers of one type, those of BOTH among them, by event name."""
+    return {name: registered.handler for name, registered in _handlers[handler_type].items()}
+
+
+def _find_handler(event_name: str) -> tuple[str, _Registered | None]:
+    """Return the event whose handler runs for this one, itself or `$default`, and that handler."""
+    if event_name not in _server_handlers and not event_name.startswith("$"):
+        event_name = "$default"
+    return event_name, _server_handlers.get(event_name)
+
+
+async def _run_handler(message: WebSocketMessage) -> tuple[WebSocketMessage, _Answer]:
+    """Run a message's handler; return the message that it was given, and its answer."""
+    _, registered = _find_handler(message.event_name)
+    if registered is None:
+        return message, None if message.event_name.startswith("$") else message
+    handler, runs_in_loop, validate, seconds = registered
+    if validate is not None:
+        message = _parse(validate, _encode(message), "invalid_payload")
+    began = time.perf_counter()
+    try:
+        answer = handler(message) if runs_in_loop else await run_in_threadpool(handler, message)
+        if inspect.isawaitable(answer):
+            answer = await answer
+    finally:
+        seconds.observe(time.perf_counter() - began)
+    if answer is not None:
+        _check_type(type(answer))
+    return message, answer
+
+
+async def handle_msg(message: WebSocketMessage) -> WebSocketMessage | None:
+    """Run a message's handler and return its answer; without a handler, the message is that.
+
+    Raises:
+        InvalidMessageFormat: the payload is not of the type that the handler's annotation names.
+        TypeError: the handler returned something that is neither a `WebSocketMessage` nor None.
+    """
+    _, answer = await _run_handler(message)
+    return answer
+
+
+@websocket_handler("whoami")
+async def _whoami_handler(message: WebSocketMessage) -> WebSocketMessage:
+    return create_message("whoami", message.from_id, message.from_id)
+
+
+class _Numbers(BaseModel):
+    numbers: list[Annotated[float, Field(allow_inf_nan=False)]]
+
+
+_validate_numbers: _Validate = TypeAdapter(WebSocketMessage[_Numbers]).validator.validate_json
+
+
+@websocket_handler("sum_event")
+async def sum_handler(message: WebSocketMessage) -> WebSocketMessage:
+    """Answer `{"numbers": [...]}` with their sum, a float (`math.fsum`), or an error message."""
+    try:
+        parsed = _parse(_validate_numbers, _encode(message), "invalid_payload")
+        total = math.fsum(parsed.payload.numbers)
+        return create_message("sum_handler_result", total, message.from_id)
+    except InvalidMessageFormat as error:
+        text = str(error)
+    except OverflowError:
+        text = "payload.numbers: Sum should be a finite number"
+    _errors_total.labels("invalid_payload").inc()
+    answer = create_error_message(text, message.from_id, "invalid_payload")
+    answer.payload["event_name"] = message.event_name
+    return answer
 
 
 # ---- Frames --------------------------------------------------------------------------------------
@@ -553,7 +701,7 @@ def _frame(payload: bytes, first: int = _TEXT) -> bytes:
 
 def _frame_compressed(payload: bytes) -> bytes:
     """Frame a payload, compressed without the context of those before it (RFC 7692, 7.2.1)."""
-    if len(payload) >= _settings.compress_min_bytes:
+    if len(payload) >= _settings().compress_min_bytes:
         compressor = zlib.compressobj(1, wbits=-_WINDOW_BITS)
         compressed = compressor.compress(payload) + compressor.flush(zlib.Z_SYNC_FLUSH)
         compressed = compressed.removesuffix(b"\x00\x00\xff\xff")
@@ -569,17 +717,33 @@ def _end_line(payload: bytes) -> bytes:
 
 # ---- Connections ---------------------------------------------------------------------------------
 
+_CLOSE_REASONS = {1009: "message_too_big", 1011: "keepalive", 1012: "server_stop"}
+
 
 class _UvicornConnection:
-    """What carries frames to a client of uvicorn's WebSocket protocol: its asyncio transport.
+    """Carries frames to a client of uvicorn's WebSocket protocol, through its asyncio transport.
 
-    Nothing else in this file touches what is private to uvicorn and websockets. Where something
-    of it is not there, to make one raises AttributeError.
+    Nothing else in this file touches what is private to uvicorn and websockets. Where a part of it
+    is missing, the constructor raises AttributeError before it has changed anything.
     """
 
     __slots__ = ("_protocol", "framing", "is_closing", "unsent", "write")
 
+    # What is used later of uvicorn's protocol (0.50 to 0.54), its transport, and its connection,
+    # which is websockets' (13 to 17).
+    _look_at_parts = attrgetter(
+        *("receive", "read_paused", "writable", "close_sent", "shutdown", "handshake_complete"),
+        *("transport.is_closing", "transport.get_write_buffer_size", "transport.write"),
+        *("transport.set_write_buffer_limits", "transport.pause_reading", "transport.abort"),
+        *("transport.resume_reading", "transport.close", "conn.send_close", "conn.data_to_send"),
+        *("conn.close_sent", "conn.close_rcvd_then_sent", "conn.extensions"),
+    )
+
     def __init__(self, protocol: Any) -> None:
+        self._look_at_parts(protocol)
+        connection = protocol.conn
+        size = "max_message_size" if hasattr(connection, "max_message_size") else "max_size"
+        largest = getattr(connection, size)  # websockets before 16 has the second name
         self._protocol = protocol
         # Bound, since a flush calls them for every client. uvloop raises where a transport that
         # is closing is asked what is unsent, or written to.
@@ -587,67 +751,68 @@ class _UvicornConnection:
         self.unsent: Callable[[], int] = protocol.transport.get_write_buffer_size
         self.write: Callable[[bytes], None] = protocol.transport.write
         self.framing: _Framing = _frame
-        # uvicorn writes its pongs past our limit: a client that does not read them is not read
-        # either. (This stays set on uvicorn's protocol for wsproto, though the probe below fails.)
-        limit = _settings.max_buffer_bytes
-        protocol.transport.set_write_buffer_limits(limit, limit)
-        protocol.pause_writing = self._pause
-        protocol.resume_writing = self._resume
-        self._resume()
-        connection = protocol.conn
-        # A probe for what is used later: AttributeError here leads to `_AsgiConnection`.
-        self.close_reason()
-        protocol.receive, protocol.transport.abort, connection.send_close  # noqa: B018
-        connection.data_to_send  # noqa: B018
-        for extension in connection.extensions if _settings.compress_min_bytes else ():
+        for extension in connection.extensions if _settings().compress_min_bytes else ():
             if extension.local_max_window_bits >= _WINDOW_BITS:  # it is permessage-deflate
                 # What uvicorn itself compresses for this client must need no context either.
                 extension.local_no_context_takeover = True
                 vars(extension).pop("encoder", None)
                 self.framing = _frame_compressed
         # websockets inflates all frames of one read before this file sees the first of them.
-        limit = _settings.max_message_bytes
-        connection.max_message_size = min(connection.max_message_size or limit, limit)
+        limit = _settings().max_message_bytes
+        setattr(connection, size, min(largest or limit, limit))
+        self.pause_reading_while_unsent(protocol)
+
+    @staticmethod
+    def pause_reading_while_unsent(protocol: Any) -> None:
+        """Stop reading from a client that does not read, while its unsent bytes are at the limit.
+
+        uvicorn answers pings past this file, and would keep an answer to each in memory.
+        """
+
+        def pause() -> None:
+            protocol.writable.clear()  # uvicorn's `send`, which a host's endpoint may call, waits
+            protocol.transport.pause_reading()
+
+        def resume() -> None:
+            protocol.writable.set()
+            if not protocol.read_paused:  # by uvicorn, whose queue is not empty
+                protocol.transport.resume_reading()
+
+        protocol.pause_writing, protocol.resume_writing = pause, resume
+        limit = _settings().max_buffer_bytes
+        protocol.transport.set_write_buffer_limits(limit, limit)
+        resume()
 
     def receive(self) -> Awaitable[Message]:
         message: Awaitable[Message] = self._protocol.receive()
         return message
 
-    def abort(self) -> None:
-        self._protocol.transport.abort()
-
-    def _pause(self) -> None:
-        self._protocol.writable.clear()  # uvicorn's `send`, which a host's endpoint may call, waits
-        self._protocol.transport.pause_reading()
-
-    def _resume(self) -> None:
-        self._protocol.writable.set()
-        if not self._protocol.read_paused:  # by uvicorn, whose queue is not empty
-            self._protocol.transport.resume_reading()
-
     def close(self, code: int, reason: str) -> None:
         # websockets must know of it, or it answers the client's close frame with a second one, at
         # which browsers say 1006; and so must uvicorn's stop, which would send one of its own.
         connection = self._protocol.conn
-        if connection.close_sent is None:  # as it is not where a handler has closed its WebSocket
+        if connection.close_sent is None:
             connection.send_close(code, reason)
             self.write(b"".join(connection.data_to_send()))
             self._protocol.shutdown = self._protocol.transport.close
+
+    def abort(self) -> None:
+        self._protocol.transport.abort()
 
     def close_reason(self) -> str:
         """Return why the connection ended, unless it was this file that closed it."""
         close_sent = self._protocol.conn.close_sent
         if close_sent is None or self._protocol.conn.close_rcvd_then_sent:
             return "client"
-        reasons = {1009: "message_too_big", 1011: "keepalive", 1012: "server_stop"}
-        return reasons.get(close_sent.code, "client")
+        return _CLOSE_REASONS.get(close_sent.code, "client")
 
-    def finish(self) -> None:
+    def mark_closed(self, websocket: WebSocket) -> None:
         """Tell uvicorn that it is closed: its stop would send a frame after the client's own."""
         self._protocol.close_sent = True
+        websocket.client_state = WebSocketState.DISCONNECTED  # as its own `receive` would
 
     @staticmethod
-    def finish_refusal(receive: Receive) -> None:
+    def mark_refused(receive: Receive) -> None:
         """Say that a handshake was answered, or uvicorn logs an error for each refused client."""
         protocol: Any = getattr(receive, "__self__", None)
         if getattr(protocol, "initial_response", None):
@@ -655,7 +820,7 @@ class _UvicornConnection:
 
 
 class _AsgiConnection:
-    """What carries frames to a client of any other server: ASGI's `send`, in a task a client."""
+    """Carries frames to a client of any other server, by ASGI's `send` in a task for each client."""
 
     def __init__(self, websocket: WebSocket, protocol: Any) -> None:
         self.framing: _Framing = _end_line
@@ -663,22 +828,23 @@ class _AsgiConnection:
         self._transport = getattr(protocol, "transport", None)  # uvicorn's with --ws wsproto
         self._is_closed = False
         self._unsent = 0
+        self._end: Message = {}  # the server's last event
         self._queue: asyncio.Queue[bytes | tuple[int, str]] = asyncio.Queue()
-        self._reader: asyncio.Future[Any] = asyncio.Future()
+        self._receiving: asyncio.Future[Message] = asyncio.Future()
+        self._draining: asyncio.Future[None] = asyncio.Future()
         self._writer = asyncio.create_task(self._write_queue())
         self.is_closing: Callable[[], bool] = self._writer.done
-        self.close_reason: Callable[[], str] = lambda: "client"
 
     async def receive(self) -> Message:
         """Return the next ASGI message, or a disconnect once this side has closed."""
-        reader = asyncio.ensure_future(self._websocket.receive())
-        self._reader = reader
+        self._receiving = receiving = asyncio.ensure_future(self._websocket.receive())
         try:
-            await asyncio.wait((reader, self._writer), return_when=asyncio.FIRST_COMPLETED)
-            if reader.done() and not self._is_closed:
-                return reader.result()
+            await asyncio.wait((receiving, self._writer), return_when=asyncio.FIRST_COMPLETED)
+            if receiving.done() and not self._is_closed:
+                self._end = receiving.result()
+                return self._end
         finally:
-            reader.cancel()
+            receiving.cancel()
         await asyncio.wait((self._writer,))
         return {"type": "websocket.disconnect"}
 
@@ -699,12 +865,17 @@ class _AsgiConnection:
         if self._transport is not None:
             self._transport.abort()
 
-    def finish(self) -> None:
-        self._writer.cancel()
-        self._reader = asyncio.ensure_future(self._read_rest())
+    def close_reason(self) -> str:
+        # uvicorn's stop says 1012 without a reason. (A client's close has one, if only "".)
+        is_stop = self._end.get("code") == 1012 and "reason" not in self._end
+        return "server_stop" if is_stop else "client"
 
-    async def _read_rest(self) -> None:
-        """Read what nobody will look at: hypercorn cannot close before it has passed that on."""
+    def mark_closed(self, _: WebSocket) -> None:
+        self._writer.cancel()
+        self._draining = asyncio.ensure_future(self._drain())
+
+    async def _drain(self) -> None:
+        """Read what nobody will look at: hypercorn 0.18 cannot close before it has passed it on."""
         with suppress(TimeoutError, RuntimeError):  # which receive raises once the client has gone
             async with asyncio.timeout(_CLOSE_SECONDS):
                 while True:
@@ -717,10 +888,10 @@ class _AsgiConnection:
                     await self._websocket.send_text(text)
                 self._unsent -= len(data)
             self._is_closed = True
-            self._reader.cancel()  # or granian never sends the close frame
-            await self._websocket.close(*data)
+            self._receiving.cancel()  # granian 2.8 sends no close frame while it is being received
+            await WebSocket.close(self._websocket, *data)
         except Exception as error:  # servers differ in what a send to a client that went raises
-            _log.debug("asgi_send_failed", error=repr(error))
+            _log("debug", "asgi_send_failed", error=repr(error))
 
 
 def _open_connection(websocket: WebSocket) -> _UvicornConnection | _AsgiConnection:
@@ -728,13 +899,20 @@ def _open_connection(websocket: WebSocket) -> _UvicornConnection | _AsgiConnecti
     protocol = getattr(receive, "__self__", None)
     try:
         return _UvicornConnection(protocol)
-    except AttributeError:
+    except Exception as error:
+        server = type(protocol).__module__ if protocol is not None else receive.__module__
         hint = "full speed needs uvicorn's default WebSocket protocol, and its `receive` unwrapped"
-        _warn("fanout_through_asgi", server=type(protocol or receive).__module__, hint=hint)
-        return _AsgiConnection(websocket, protocol)
+        _warn("fanout_through_asgi", server=server, error=repr(error), hint=hint)
+    if getattr(protocol, "writable", None) and hasattr(protocol, "read_paused"):  # --ws wsproto
+        _UvicornConnection.pause_reading_while_unsent(protocol)
+    return _AsgiConnection(websocket, protocol)
 
 
 # ---- Clients -------------------------------------------------------------------------------------
+
+_NO_ROOMS: frozenset[str] = frozenset()
+_ONLY_EVERYBODYS = frozenset({""})
+_CLIENT_ID = re.compile(r"([0-9a-f]{8})-[0-9a-f]{4}-8[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
@@ -747,60 +925,63 @@ class Client:
     connected_at: str  # in UTC, as ISO 8601
     websocket: WebSocket  # Starlette's: its headers, and `state` for what is known of it
     connection: _UvicornConnection | _AsgiConnection
+    heard: frozenset[str] = _ONLY_EVERYBODYS  # its rooms; "" is everybody's
+    silent_in: frozenset[str] = _NO_ROOMS  # rooms to which it may not send
     messages_received: int = 0
     messages_sent: int = 0  # to it
-    left_because: str = ""  # a reason that the metrics count, once it has left
-    is_closed: bool = False  # by this side, so that what it still sends is ignored
+    removed_because: str = ""  # a reason that the metrics count, once it is removed
+    is_cut_off: bool = False  # by this side, so that what it still sends is ignored
+    large_batch_bytes: int = 0  # of a batch over the limit, which it may take its time to read
     second_began: float = -math.inf
     messages_this_second: int = 0
 
     @property
+    def rooms(self) -> frozenset[str]:
+        """The rooms that it is in; after it has left, those that it was in."""
+        return self.heard - _ONLY_EVERYBODYS
+
+    @property
     def buffered_bytes(self) -> int:
-        """Bytes that were written to it and that its socket has not yet taken."""
+        """Bytes unsent: they were written to it, and its socket has not yet taken them."""
         return 0 if self.connection.is_closing() else self.connection.unsent()
 
     @property
     def user(self) -> str | None:
-        """Who it is, where `websocket.state.user` says so: 128 characters of its `str`."""
+        """The name that `websocket.state.user` has as a `str`, in 128 characters at most."""
         user = getattr(self.websocket.state, "user", None)
         with suppress(Exception):  # of a `str` that is the project's own
             return None if user is None else str(user)[:128].encode(errors="replace").decode()
         return None
 
-    def exceeds_rate(self) -> bool:
-        """Count a message; tell whether it is more than `max_messages_per_second` allows."""
-        limit = _settings.max_messages_per_second
-        if not limit:
-            return False
-        now = time.monotonic()
-        if now - self.second_began >= 1:
-            self.second_began = now
-            self.messages_this_second = 0
-        self.messages_this_second += 1
-        if self.messages_this_second <= limit:
-            return False
-        if self.messages_this_second == limit + 1:  # it is told once a second
-            _report(self.id, "rate_limited", f"More than {limit} messages a second: dropped.")
-        else:
-            _errors_total.labels("rate_limited").inc()
-        return True
+    def describe(self) -> dict[str, Any]:
+        """Return the fields that log lines about it have."""
+        user = self.user
+        return {"client_id": self.id} if user is None else {"client_id": self.id, "user": user}
 
 
 class _Clients(dict[str, Client]):
-    """Clients by id, in the order in which they came.
+    """Clients by id, in the order in which they came. Ids compare without case (RFC 9562, 4).
 
-    `clients[id]` finds one that has left, too, as long as its handlers run; `in` does not.
+    `clients[id]` and `clients.get(id)` find a client that has left, too, until its `$disconnect`
+    handler has run. `in`, `len` and iteration know connected clients alone.
     """
 
     def __init__(self) -> None:
         self.left: WeakValueDictionary[str, Client] = WeakValueDictionary()
 
     def __missing__(self, client_id: str) -> Client:
-        return self.left[client_id]
+        return self.connected(client_id) or self.left[client_id.lower()]
+
+    def get(self, client_id: str, default: Any = None) -> Any:
+        try:
+            return self[client_id]
+        except KeyError:
+            return default
+
+    def connected(self, client_id: str) -> Client | None:
+        return super().get(client_id.lower())
 
 
-_UNKNOWN_RECIPIENT = "unknown_recipient", "No client with the id in `to` is connected."
-_CLIENT_ID = re.compile(r"([0-9a-f]{8})-[0-9a-f]{4}-8[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
 clients = _Clients()
 
 
@@ -810,29 +991,44 @@ _GATHER_CLIENTS = 16  # with fewer, a turn of the loop costs more than a second 
 _GATHER_TURNS = 8
 _GATHER_BYTES = 16384  # with more, clients would have nothing to do while they wait
 _SWEEP_SECONDS = 1.0
-_CLOSE_SECONDS = 2.0  # how long a client has to read what is unsent and to answer a close frame
+_CLOSE_SECONDS = 2.0  # for a client to read what is unsent, and to answer a close frame
+_UNKNOWN_RECIPIENT = "unknown_recipient", "No client with the id in `to` is connected."
 
 
-class _Turn:
+class _Shared(NamedTuple):
+    """What clients that hear the same rooms of a batch share."""
+
+    frames: bytes
+    messages: int  # how many these are
+    places: Sequence[int]  # of these messages in the batch
+    starts: list[int]  # of their frames in `frames`, and its end
+
+
+class _Batch:
     """What was published since the last flush, mostly in one turn of the event loop.
 
-    Every client gets the same bytes, unless it has *edits*: a place in the turn, and a message to
-    put in before the one that is there, or None to leave that out. So a turn costs one write
-    per client, not one per message, and all clients see one order.
+    Clients that hear the same of its rooms get the same bytes, unless they have *edits*: a place
+    in the batch, and a message to put in before the one that is there, or None to leave that out.
+    So a batch costs one write per client, not one per message, and all clients see one order.
     """
 
     def __init__(self) -> None:
         self.messages: list[bytes] = []
+        self.places: dict[str, list[int]] = {}  # by room, of its messages; "" is everybody's
         self.edits: dict[Client, list[tuple[int, bytes | None]]] = {}
         self.size = 0  # bytes of all messages, those to one client among them
-        # By framing: the frames of all messages, and where each starts.
-        self.shared: dict[_Framing, bytes] = {}
-        self._starts: dict[_Framing, list[int]] = {}
+        self._frames: dict[_Framing, list[bytes]] = {}
+        self._shared: dict[tuple[_Framing, frozenset[str]], _Shared] = {}
 
-    def add(self, message: bytes, left_out: Client | None = None) -> None:
+    def add(self, message: bytes, room: str = "", left_out: Client | None = None) -> None:
+        place = len(self.messages)
         if left_out is not None:
-            self.edits.setdefault(left_out, []).append((len(self.messages), None))
+            self.edits.setdefault(left_out, []).append((place, None))
         self.messages.append(message)
+        if room in self.places:
+            self.places[room].append(place)
+        else:
+            self.places[room] = [place]
         self.size += len(message)
 
     def add_for(self, client: Client, message: bytes) -> None:
@@ -842,32 +1038,64 @@ class _Turn:
     def frames_for(self, client: Client) -> tuple[bytes, int]:
         """Return the frames that a client gets, and how many messages these are."""
         framing = client.connection.framing
-        if framing not in self.shared:
-            frames = [framing(message) for message in self.messages]
-            self.shared[framing] = b"".join(frames)
-            self._starts[framing] = list(itertools.accumulate(map(len, frames), initial=0))
-        joined, count = self.shared[framing], len(self.messages)
+        shared = self._shared.get((framing, client.heard)) or self._share(framing, client.heard)
         if client not in self.edits:
-            return joined, count
-        starts = self._starts[framing]
-        view = memoryview(joined)
+            return shared.frames, shared.messages
+        frames, count, places, starts = shared
+        view = memoryview(frames)
         parts: list[bytes | memoryview] = []
-        next_place = 0
+        next_start = 0
         for place, message in self.edits[client]:
-            parts.append(view[starts[next_place] : starts[place]])
+            index = bisect_left(places, place)
+            parts.append(view[next_start : starts[index]])
             if message is None:
-                next_place = place + 1  # the message there is left out
+                next_start = starts[index + 1]
                 count -= 1
             else:
-                next_place = place
+                next_start = starts[index]
                 parts.append(framing(message))
                 count += 1
-        parts.append(view[starts[next_place] :])
+        parts.append(view[next_start:])
         return b"".join(parts), count
 
+    def _share(self, framing: _Framing, heard: frozenset[str]) -> _Shared:
+        rooms = heard.intersection(self.places)  # others may hear the same of these
+        shared = self._shared.get((framing, rooms))
+        if shared is None:
+            if framing not in self._frames:
+                self._frames[framing] = [framing(message) for message in self.messages]
+            all_frames = self._frames[framing]
+            places: Sequence[int] = sorted(itertools.chain(*(self.places[room] for room in rooms)))
+            frames = [all_frames[place] for place in places]
+            starts = [*itertools.accumulate(map(len, frames), initial=0)]
+            shared = _Shared(b"".join(frames), len(frames), places, starts)
+            self._shared[framing, rooms] = shared
+        self._shared[framing, heard] = shared
+        return shared
 
-class _Room:
-    """Who is connected to this process, and when a turn is written to them. There is one.
+
+class _OtherNodes:
+    """The other processes ("nodes") of this server: none, unless Redis is configured."""
+
+    def start(self) -> None: ...
+    async def wait_until_known(self) -> None: ...
+    async def stop(self) -> None: ...
+
+    def publish(self, to: str, message: bytes, reply_to: str = "") -> None:
+        """Send a message to their clients.
+
+        If no client has the id in `to`, the client `reply_to` gets an error.
+        """
+        if reply_to:
+            _send_unknown_recipient(reply_to, message)
+
+    async def query(self, request: Sequence[Any]) -> tuple[list[Any], bool]:
+        """Have them run a request; return the answers, and whether one is missing."""
+        return [], False
+
+
+class _Hub:
+    """The clients and rooms of this process, and the batch that is written to them next.
 
     It lives in one event loop. Nothing is locked: whatever calls it runs in that loop.
     """
@@ -875,8 +1103,13 @@ class _Room:
     def __init__(self) -> None:
         self.loop: Any = None
         self.node = ""  # this process's part of its clients' ids
+        self.console_path = ""  # with the prefix or the mount that it is under; "" is not known
         self.arriving = 0  # clients that are being accepted
-        self.turn = _Turn()
+        self.rooms: dict[str, set[Client]] = {}  # those with clients in them
+        self.batch = _Batch()
+        self.received = self.sent = self.sent_bytes = 0  # that the metrics do not count yet
+        self.nodes = _OtherNodes()
+        self.make_nodes: Callable[[], _OtherNodes] = _OtherNodes  # the section Cluster replaces it
 
     def enter(self) -> None:
         """Move into the running event loop: RuntimeError where clients are in another one."""
@@ -886,96 +1119,171 @@ class _Room:
         if clients and not self.loop.is_closed():
             hint = "in tests, write `with TestClient(app) as client:`"
             raise RuntimeError(f"clients are connected in another event loop; {hint}")
+        if self.loop is not None and self.loop.is_running():
+            asyncio.run_coroutine_threadsafe(self.nodes.stop(), self.loop)
+        nodes = self.make_nodes()  # which raises where its setting is wrong
         clients.clear()
+        self.rooms.clear()
         _connected.set(0)
+        _rooms_gauge.set(0)
         self.loop = loop
         self.node = secrets.token_hex(4)
-        self.turn = _Turn()
-        loop.call_later(_SWEEP_SECONDS, self._sweep, self.node)
-        _peers.start()
+        self.batch = _Batch()
+        self.nodes = nodes
+        loop.call_later(_SWEEP_SECONDS, self._sweep, self.node, loop.time() + _SWEEP_SECONDS)
+        _check_environment()
+        for event_name in dict.fromkeys(_replaced_events):
+            _log("debug", "handler_replaced", event_name=event_name)
+        _replaced_events.clear()
+        # The metrics are the one thing that two copies of this file share.
+        if vars(_connected).setdefault("served_by", __name__) != __name__:
+            other = vars(_connected)["served_by"]
+            _warn("served_twice", names=f"{other}, {__name__}", hint="import it under one name")
+        nodes.start()
 
-    def join(self, client: Client) -> None:
+    def add(self, client: Client, rooms: Collection[str] = ()) -> None:
         self.flush()  # what was published before it came is not for it
         clients[client.id] = client
+        for room in rooms:
+            self.join_room(client, room)
         _connected.inc()
         _connections_total.inc()
-        _log.info("client_connected", client_id=client.id, address=client.address)
+        _log("info", "client_connected", address=client.address, **client.describe())
+
+    def join_room(self, client: Client, room: str, listen_only: bool = False) -> None:
+        if room not in client.heard:
+            if room in self.batch.places:
+                self.flush()  # what was published before it came is not for it
+            self.rooms.setdefault(room, set()).add(client)
+            client.heard |= {room}
+            _rooms_gauge.set(len(self.rooms))
+        client.silent_in = client.silent_in | {room} if listen_only else client.silent_in - {room}
+
+    def leave_room(self, client: Client, room: str) -> None:
+        if room in client.heard:
+            if room in self.batch.places:
+                self.flush()  # what was published before it left is for it
+            client.heard -= {room}
+            self._remove_member(client, room)
+
+    def _remove_member(self, client: Client, room: str) -> None:
+        members = self.rooms[room]
+        members.discard(client)
+        if not members:
+            del self.rooms[room]
+        _rooms_gauge.set(len(self.rooms))
 
     def publish(self, to: str, message: bytes, sender: Client | None = None) -> int:
         """Send a message to the clients that `to` names here, and return how many these are."""
-        was_empty = not self.turn.size
-        count = 1
-        if to in clients:
-            self.turn.add_for(clients[to], message)
-        elif to in _EVERYBODY and clients:
-            left_out = clients.get(sender.id) if to == "others" and sender is not None else None
-            self.turn.add(message, left_out)
-            count = len(clients) if left_out is None else len(clients) - 1
+        was_empty = not self.batch.size
+        is_room = to.startswith("#")
+        if is_room or to in _EVERYBODY:
+            room = to[1:] if is_room else ""
+            members: Any = self.rooms.get(room) if is_room else clients
+            if not members:
+                return 0
+            if to == "all" or sender is None or sender.removed_because or room not in sender.heard:
+                sender = None
+            self.batch.add(message, room, left_out=sender)
+            count = len(members) if sender is None else len(members) - 1
         else:
-            return 0
+            client = clients.connected(to)
+            if client is None:
+                return 0
+            self.batch.add_for(client, message)
+            count = 1
         if was_empty:
-            self.loop.call_soon(self._tick, self.turn.size, _GATHER_TURNS)
+            self.loop.call_soon(self._tick, self.batch.size, _GATHER_TURNS)
         return count
 
     def _tick(self, previous_size: int, turns_left: int) -> None:
         """Flush, or wait for one more turn of the loop while each of them brings more messages."""
-        grows = previous_size < self.turn.size < _GATHER_BYTES
+        grows = previous_size < self.batch.size < _GATHER_BYTES
         if grows and turns_left and len(clients) >= _GATHER_CLIENTS:
-            self.loop.call_soon(self._tick, self.turn.size, turns_left - 1)
+            self.loop.call_soon(self._tick, self.batch.size, turns_left - 1)
         else:
             self.flush()
 
     def flush(self) -> None:
         """Write what was published to every client that keeps up."""
-        if not self.turn.size:
+        if not self.batch.size:
             return
-        turn, self.turn = self.turn, _Turn()
-        recipients = clients.values() if turn.messages else turn.edits  # of direct messages alone
-        edits, shared, limit = turn.edits, turn.shared, _settings.max_buffer_bytes
-        sent = sent_bytes = 0
+        batch, self.batch = self.batch, _Batch()
+        recipients: Collection[Client] = clients.values()
+        if "" not in batch.places:  # it is for some clients alone
+            recipients = set(batch.edits).union(
+                *(self.rooms.get(room, ()) for room in batch.places)
+            )
+        limit = _settings().max_buffer_bytes
+        is_large = batch.size > limit
         for client in tuple(recipients):
             connection = client.connection
-            if connection.is_closing() or connection.unsent() > limit:
-                self.check(client)
+            is_doubtful = connection.is_closing() or connection.unsent() > limit
+            if is_doubtful and self.drop_if_gone_or_slow(client):
                 continue
-            if client in edits or connection.framing not in shared:
-                frames, count = turn.frames_for(client)
-            else:  # most clients: the first with this framing has filled it
-                frames, count = shared[connection.framing], len(turn.messages)
+            frames, count = batch.frames_for(client)
+            if not frames:
+                continue  # it is the one that sent all that it could hear
             connection.write(frames)
             client.messages_sent += count
-            sent += count
-            sent_bytes += len(frames)
-        _sent_total.inc(sent)
-        _bytes_sent_total.inc(sent_bytes)
+            self.sent += count
+            self.sent_bytes += len(frames)
+            if is_large:
+                client.large_batch_bytes = len(frames)
+        self.count_traffic()
 
-    def check(self, client: Client) -> None:
-        """Drop a client whose connection has ended, or who does not keep up."""
+    def count_traffic(self) -> None:
+        """Add what was counted since to the metrics, which cost too much to do it a message."""
+        _received_total.inc(self.received)
+        _sent_total.inc(self.sent)
+        _bytes_sent_total.inc(self.sent_bytes)
+        self.received = self.sent = self.sent_bytes = 0
+
+    def drop_if_gone_or_slow(self, client: Client) -> bool:
+        """Remove a client whose connection has ended, or that does not keep up."""
+        if client.removed_because:
+            return True
         if client.connection.is_closing():
-            self.leave(client, client.connection.close_reason())
-        elif client.buffered_bytes > _settings.max_buffer_bytes:
-            self.leave(client, "slow_client", 1013, "Too slow: reconnect")
-            _warn("slow_client_dropped", client_id=client.id, buffered_bytes=client.buffered_bytes)
+            self.remove(client, client.connection.close_reason())
+            return True
+        unsent, limit = client.buffered_bytes, _settings().max_buffer_bytes
+        if unsent <= limit:
+            client.large_batch_bytes = 0
+        if unsent <= limit + client.large_batch_bytes:
+            return False
+        self.remove(client, "slow_client", 1013, "Too slow: reconnect")
+        hint = "DATADIVR_MAX_BUFFER_BYTES is the limit"
+        _warn("slow_client_dropped", buffered_bytes=unsent, hint=hint, **client.describe())
+        return True
 
-    def _sweep(self, node: str) -> None:
-        """Check all clients: uvicorn reports none that stalls while it goes, or that only pings."""
-        if node == self.node:
-            self.loop.call_later(_SWEEP_SECONDS, self._sweep, node)
-            for client in tuple(clients.values()):
-                self.check(client)
-            unsent = (client.buffered_bytes for client in clients.values())
-            _unsent_bytes_max.set(max(unsent, default=0))
+    def _sweep(self, node: str, due: float) -> None:
+        """Look at all clients: uvicorn tells of none that stalls while it goes, or only pings."""
+        if node != self.node:
+            return  # the hub has moved into another loop
+        late = self.loop.time() - due
+        self.loop.call_later(_SWEEP_SECONDS, self._sweep, node, self.loop.time() + _SWEEP_SECONDS)
+        if late > 1:
+            hint = "something blocked the event loop; write handlers that block with plain `def`"
+            _warn("loop_blocked", seconds=round(late, 1), hint=hint)
+        most = 0
+        for client in tuple(clients.values()):
+            if not self.drop_if_gone_or_slow(client):
+                most = max(most, client.buffered_bytes)
+        _unsent_bytes_max.set(most)
+        self.count_traffic()
 
-    def leave(self, client: Client, reason: str, code: int = 0, text: str = "") -> None:
+    def remove(self, client: Client, reason: str, code: int = 0, text: str = "") -> None:
         """Forget a client, the one way out; a code closes it behind what was published so far."""
         if code:
             self.flush()
         if clients.pop(client.id, None) is None:
             return
         clients.left[client.id] = client
-        self.turn.edits.pop(client, None)
-        client.left_because = reason
-        client.is_closed = bool(code)
+        for room in client.rooms:
+            self._remove_member(client, room)
+        self.batch.edits.pop(client, None)
+        client.removed_because = reason
+        client.is_cut_off = bool(code)
         if code and not client.connection.is_closing():
             client.connection.close(code, text)
         # A client that does not read would keep its socket open for as long as it likes.
@@ -984,90 +1292,195 @@ class _Room:
         _disconnections_total.labels(reason).inc()
         if reason in _ERROR_TYPES:
             _errors_total.labels(reason).inc()
-        _log.info("client_disconnected", client_id=client.id, reason=reason)
+        _log("info", "client_disconnected", reason=reason, **client.describe())
 
 
-class _Peers:
-    """The other processes of this server: none, unless `_Cluster` takes the place of this."""
-
-    def start(self) -> None: ...
-    async def wait_until_known(self) -> None: ...
-    async def stop(self) -> None: ...
-
-    def publish(self, to: str, message: bytes, asker_id: str) -> None:
-        """Send a message to all their clients, or to an id; who asked is told if nobody has it."""
-        if asker_id:
-            _report(asker_id, *_UNKNOWN_RECIPIENT)
-
-    async def ask(self, request: Sequence[Any]) -> tuple[list[Any], bool]:
-        """Have all, or who holds a client, perform a request; tell if an answer is missing."""
-        return [], False
+_hub = _Hub()
 
 
-_room = _Room()
-_peers = _Peers()
+def _publish(to: str, data: bytes, sender: Client | None = None, reply_to: str = "") -> int:
+    """Send a message to the clients of all nodes; return how many clients are addressed here.
 
-
-def _publish(message: WebSocketMessage, sender: Client | None = None, asker_id: str = "") -> int:
-    """Send a message to its `to`; the client `asker_id` is told if nobody has that id."""
-    data = _encode(message)
-    limit = _settings.max_message_bytes
-    # 128 bytes more are for the keys that the server adds to what a client sent.
-    is_too_big = len(data) > limit + 128 and message.from_id == asker_id
-    if is_too_big and message.event_name not in _handlers[HandlerType.SERVER]:  # it is relayed
-        text = f"The limit is {limit} bytes, as it would go out: dropped."
-        _report(asker_id, "message_too_big", text)
-        return 0
-    count = _room.publish(message.to, data, sender)
-    if message.to in _EVERYBODY:
-        _peers.publish("all", data, "")  # their "others" too, for the sender is here
-    elif not count:
-        _peers.publish(message.to, data, asker_id)
+    If no client has the id in `to`, the client `reply_to` gets an error.
+    """
+    count = _hub.publish(to, data, sender)
+    if to in _EVERYBODY:
+        _hub.nodes.publish("all", data)  # their "others" too, for the sender is here
+    elif to.startswith("#"):
+        _hub.nodes.publish(to, data)
+    elif not count and to.lower() != reply_to:  # who has left needs no answer
+        _hub.nodes.publish(to, data, reply_to)
     return count
 
 
-def _report(client_id: str, code: str, text: str, **fields: Any) -> None:
-    """Count and log an error of a client's, and tell it."""
+def _send(message: WebSocketMessage, sender: Client | None = None, reply_to: str = "") -> int:
+    """Check, encode and publish a message that is the server's, a handler's or a host's own."""
+    _check_type(type(message))
+    return _publish(_check_to(message.to), _encode(message), sender, reply_to)
+
+
+def _send_error(
+    client_id: str,
+    code: str,
+    text: str,
+    about: WebSocketMessage | None = None,
+    payload: Mapping[str, Any] | None = None,
+    **fields: Any,
+) -> None:
+    """Count and log an error of a client's, and tell it; `about` is the message at fault."""
     _errors_total.labels(code).inc()
-    _warn(code, client_id=client_id, error=text, **fields)
-    _publish(create_error_message(text, client_id, code))
+    client = clients.get(client_id)
+    described = {"client_id": client_id} if client is None else client.describe()
+    _warn(code, error=text, **described, **fields)
+    error = create_error_message(text, client_id, code, about.id if about is not None else None)
+    if about is not None and about.event_name:
+        error.payload["event_name"] = about.event_name
+    error.payload.update(payload or {})
+    _send(error)
+
+
+def _send_unknown_recipient(client_id: str, message: bytes) -> None:
+    """Tell a client that nobody has the id that its message is addressed to."""
+    about = WebSocketMessage.model_validate_json(message)
+    _send_error(client_id, *_UNKNOWN_RECIPIENT, about)
+
+
+async def _in_server(function: Callable[..., Awaitable[Any]], *arguments: Any) -> Any:
+    """Await a function in the server's event loop, whichever loop and thread this is called in."""
+    loop = _hub.loop
+    if loop is asyncio.get_running_loop():
+        return await function(*arguments)
+    if loop is None or not loop.is_running():
+        raise HTTPException(503, "No server runs in this process.")
+
+    async def call() -> Any:
+        return await function(*arguments)
+
+    return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(call(), loop))
 
 
 async def broadcast(message: WebSocketMessage, sender: WebSocket | None = None) -> int:
     """Send a message to its `to`, and return how many clients of this process that addresses.
 
-    "others" are all but `sender`, a client's WebSocket. No client is waited for; one that does not
-    keep up is dropped (`DATADIVR_MAX_BUFFER_BYTES`). A plain function in a thread calls it with
-    `anyio.from_thread.run(broadcast, message)`.
+    "others" and a room are all but `sender`, a client's WebSocket. The function waits for no
+    client; one that does not keep up is dropped (`DATADIVR_MAX_BUFFER_BYTES`). It can be awaited
+    in any event loop of the server's process: the server's own sends the message. Where no server
+    runs in the process, it logs a warning and returns 0. A plain function in one of AnyIO's
+    threads calls it with `anyio.from_thread.run(broadcast, message)`.
 
     Raises:
-        PydanticSerializationError: the payload holds something that JSON cannot.
-        RuntimeError: clients are connected in another event loop.
+        TypeError: it is no `WebSocketMessage`, or a subclass with fields that would be lost.
+        ValueError: its `to` is a room without a right name.
+        PydanticSerializationError: JSON cannot hold its payload; the text names place and type.
     """
-    if _room.loop is not asyncio.get_running_loop():
+    _check_type(type(message))
+    try:
+        count: int = await _in_server(_broadcast, message, sender)
+    except HTTPException:
         _warn("broadcast_to_nobody", hint="other programs send with POST /messages")
-    _room.enter()
+        return 0
+    return count
+
+
+async def _broadcast(message: WebSocketMessage, sender: WebSocket | None) -> int:
     client_id = sender.scope.get("datadivr.client_id", "") if sender is not None else ""
-    return _publish(message, clients.get(client_id))
+    try:
+        return _send(message, clients.connected(client_id))
+    except ValueError as error:
+        _errors_total.labels("handler_error").inc()
+        _warn("broadcast_failed", "error", event_name=message.event_name, error=str(error))
+        raise
+
+
+def _run_request(request: Sequence[Any]) -> Any:
+    """Run a request here, whichever node it came to; return None if it is not for here.
+
+    Its first word is what to do. Its second is "all", or what the client or message is for.
+    """
+    match request:
+        case ["list", _, limit, after, *rooms]:
+            listed = _hub.rooms.get(rooms[0], ()) if rooms else clients.values()
+            found = [(client.connected_at + client.id, client) for client in listed]
+            page = sorted(entry for entry in found if entry[0] > after)[: limit + 1]
+            return len(listed), [[key, _describe(client)] for key, client in page]
+        case ["publish", to, text] if to in _EVERYBODY or to.startswith("#"):
+            return _hub.publish(to, text.encode())
+    client = clients.connected(request[1])
+    if client is None:
+        return None
+    match request:
+        case ["publish", to, text]:
+            return _hub.publish(to, text.encode())
+        case ["get", _]:
+            return _describe(client)
+        case ["join", _, room, listen_only]:
+            _hub.join_room(client, _check_room(room), listen_only)
+        case ["leave", _, room]:
+            _hub.leave_room(client, room)
+        case ["disconnect", _]:
+            _hub.remove(client, "admin", 1008, "Disconnected by an administrator")
+    return True
+
+
+def _describe(client: Client) -> dict[str, Any]:
+    """Describe a client as a `ClientInfo`, in JSON."""
+    names = ("id", "node", "address", "user", "connected_at", "messages_received")
+    fields = {name: getattr(client, name) for name in names}
+    fields |= {"messages_sent": client.messages_sent, "buffered_bytes": client.buffered_bytes}
+    return {**fields, "rooms": sorted(client.rooms)}
+
+
+async def _query_nodes(*request: Any) -> tuple[list[Any], bool]:
+    """Run a request on all nodes, or on the one that holds a client.
+
+    Returns:
+        The answers, and whether one is missing.
+
+    Raises:
+        HTTPException: 404, no client has this id; 503, the node that has it does not answer, or no
+            server runs in this process.
+    """
+    answers, partial = await _in_server(_query_from_here, request)
+    if not answers and partial:
+        raise HTTPException(503, "The node that holds this client does not answer.")
+    if not answers:
+        raise HTTPException(404, "No client with this id is connected.")
+    return answers, partial
+
+
+async def _query_from_here(request: Sequence[Any]) -> tuple[list[Any], bool]:
+    own_answer = _run_request(request)
+    others, partial = await _hub.nodes.query(request)
+    return [answer for answer in (own_answer, *others) if answer is not None], partial
 
 
 # ---- The WebSocket endpoint ----------------------------------------------------------------------
 
-_YIELD_BYTES = 65536  # what one client may send, or 16 messages, before the others' turn comes
+_YIELD_BYTES = 65536  # that one client may send, or 16 messages, before it is the others' turn
 _WEB_SCHEMES = ("http", "https", "ws", "wss")
+# The overrides of `app`, which are no use where another application serves the router.
+_app_overrides: dict[Callable[..., Any], Callable[..., Any]] = {}
+_event_name: TypeAdapter[Any] = TypeAdapter(_EventName)
+_message_id: TypeAdapter[Any] = TypeAdapter(_MessageId)
 
 
 def _is_allowed_origin(text: str, connection: HTTPConnection) -> bool:
     """Tell whether a page's origin is listed, or of the host that its request is for."""
     with suppress(ValueError):  # the Origin, or the Host, is not valid
         origin = _normalise_origin(text)
-        if origin in _settings.allowed_origins:
+        if origin in _settings().allowed_origins:
             return True
         scheme = origin.partition("://")[0]
         own = _normalise_origin(f"{scheme}://{connection.headers.get('host', '')}")
         if scheme in _WEB_SCHEMES and origin == own and not _is_rebound(connection):
             return True
-    return "*" in _settings.allowed_origins
+    return "*" in _settings().allowed_origins
+
+
+def _is_loopback(connection: HTTPConnection) -> bool:
+    """Tell whether a request came in on a loopback address."""
+    server, _ = connection.scope.get("server") or ("", 0)
+    return server.removeprefix("::ffff:").startswith("127.") or server == "::1"
 
 
 def _is_rebound(connection: HTTPConnection) -> bool:
@@ -1075,43 +1488,74 @@ def _is_rebound(connection: HTTPConnection) -> bool:
 
     Names that are not foreign are localhost, addresses, and the hosts of listed origins.
     """
-    server, _ = connection.scope.get("server") or ("", 0)
-    is_loopback = server.removeprefix("::ffff:").startswith("127.") or server == "::1"
     host = re.sub(r":\d+$", "", connection.headers.get("host", "localhost").lower()).rstrip(".")
     is_address = host.startswith("[") or host.replace(".", "").isdigit()
     is_local = is_address or host == "localhost" or host.endswith(".localhost")
-    allowed = _settings.allowed_origins
+    allowed = _settings().allowed_origins
     is_listed = "*" in allowed or host in [urlsplit(origin).hostname for origin in allowed]
-    return is_loopback and not is_local and not is_listed
+    return _is_loopback(connection) and not is_local and not is_listed
+
+
+class _RefusedError(HTTPException):
+    """A refusal that is counted and logged."""
 
 
 def _refuse(status: int, code: str, text: str, hint: str) -> HTTPException:
-    """Count and log that a client may not come in; return what says so."""
+    """Count and log that a client may not come in; return the exception that says so."""
     _errors_total.labels(code).inc()
     _warn(code, error=text, hint=hint)
-    return HTTPException(status, text, {"WWW-Authenticate": "Bearer"} if status == 401 else None)
+    headers = {"WWW-Authenticate": "Bearer"} if status == 401 else None
+    return _RefusedError(status, text, headers)
+
+
+async def _count_refusals() -> AsyncIterator[None]:
+    """Count and log what an authorization of the host's own refuses."""
+    try:
+        yield
+    except StarletteHTTPException as error:
+        if not isinstance(error, _RefusedError) and error.status_code in (401, 403):
+            code = "unauthorized" if error.status_code == 401 else "forbidden"
+            _refuse(error.status_code, code, str(error.detail), "your own authorization says so")
+        raise
 
 
 async def authorize_client(websocket: WebSocket) -> None:
-    """Refuse a client of a foreign page (HTTPException 403), or without the token (401).
+    """Check where a client comes from, and its token: a FastAPI dependency.
 
-    A FastAPI dependency, which `app.dependency_overrides[authorize_client]` replaces. The `Origin`
-    (RFC 6454) must be that of the request's `Host`, or listed (`DATADIVR_ALLOWED_ORIGINS`). The
-    token comes in `Authorization: Bearer` or as the second of the subprotocols `["bearer", token]`.
+    `app.dependency_overrides[authorize_client]` replaces it. The `Origin` (RFC 6454) must be that
+    of the request's `Host`, or listed (`DATADIVR_ALLOWED_ORIGINS`). The token
+    (`DATADIVR_CLIENT_TOKEN`) is in `Authorization: Bearer`, or the second of the subprotocols
+    `["bearer", token]`.
+
+    Raises:
+        HTTPException: 403, the page's origin is not allowed; 401, the token is missing or wrong.
     """
     origin = websocket.headers.get("origin")
     if origin is not None and not _is_allowed_origin(origin, websocket):
         hint = "add it to DATADIVR_ALLOWED_ORIGINS to let it in"
         raise _refuse(403, "origin_refused", f"Origin {origin} is not allowed.", hint)
-    if _settings.client_token is not None:
-        scheme, _, token = websocket.headers.get("authorization", "").partition(" ")
-        offered = websocket.scope.get("subprotocols", [])
-        if scheme.lower() != "bearer" and len(offered) > 1:
-            scheme, token = offered[:2]
-        given = token.strip() if scheme.lower() == "bearer" else ""
-        if not secrets.compare_digest(given.encode(), _settings.client_token.encode()):
-            hint = "a client must bring DATADIVR_CLIENT_TOKEN"
-            raise _refuse(401, "unauthorized", "A client token is needed.", hint)
+    expected = _settings().client_token
+    if expected is None:
+        return
+    scheme, _, token = websocket.headers.get("authorization", "").partition(" ")
+    given = [token.strip()] if scheme.lower() == "bearer" else []  # which a proxy may have added
+    offered = websocket.scope.get("subprotocols", [])
+    if len(offered) > 1 and offered[0].lower() == "bearer":
+        given.append(offered[1])
+    if not any(secrets.compare_digest(text.encode(), expected.encode()) for text in given):
+        hint = "a client must send DATADIVR_CLIENT_TOKEN"
+        raise _refuse(401, "unauthorized", "A client token is needed.", hint)
+
+
+def _warn_of_open_door(websocket: WebSocket) -> None:
+    """Warn where everybody in a network may come in."""
+    settings = _settings()
+    is_closed = settings.client_token is not None or settings.allowed_origins
+    with suppress(ValueError):  # the server's address is none: a socket's path, or a test's
+        ipaddress.ip_address((websocket.scope.get("server") or ("",))[0])
+        if not (is_closed or _is_loopback(websocket) or hasattr(websocket.state, "user")):
+            hint = "anybody on this network can connect; DATADIVR_CLIENT_TOKEN asks for a token"
+            _warn("open_to_the_network", hint=hint)
 
 
 async def websocket_endpoint(websocket: WebSocket) -> None:
@@ -1131,87 +1575,238 @@ async def handle_connection(websocket: WebSocket, subprotocol: str | None = None
     """Accept a client without asking who it is, and serve it until it goes.
 
     `subprotocol` is one that the client offered (RFC 6455, 1.9); "bearer", where that came first.
+    The client joins the rooms in `websocket.state.rooms`, if there are any.
 
     Raises:
         HTTPException: 503, `DATADIVR_MAX_CLIENTS` are connected.
+        ValueError: `websocket.state.rooms` is no collection of rooms' names.
         RuntimeError: other clients are connected in another event loop.
     """
-    _room.enter()
-    if 0 < _settings.max_clients <= len(clients) + _room.arriving:
-        text = f"{_settings.max_clients} clients are connected."
-        raise _refuse(503, "too_many_clients", text, "DATADIVR_MAX_CLIENTS is the limit")
+    _hub.enter()
+    limit = _settings().max_clients
+    if 0 < limit <= len(clients) + _hub.arriving:
+        hint = "DATADIVR_MAX_CLIENTS is the limit"
+        raise _refuse(503, "too_many_clients", f"{limit} clients are connected.", hint)
+    rooms = getattr(websocket.state, "rooms", ())
+    rooms = [_check_room(room) for room in (rooms if not isinstance(rooms, str) else [None])]
     if subprotocol is None and websocket.scope.get("subprotocols", [])[:1] == ["bearer"]:
         subprotocol = "bearer"
-    _room.arriving += 1  # or more than DATADIVR_MAX_CLIENTS could come in at once
+    _hub.arriving += 1  # or more than DATADIVR_MAX_CLIENTS could come in at once
     try:
         await websocket.accept(subprotocol)
     finally:
-        _room.arriving -= 1
-    random = str(uuid.uuid4())  # the rest of a UUID of version 8 (RFC 9562, 5.8)
-    client_id = f"{_room.node}{random[8:14]}8{random[15:]}"
-    address = _format_address(websocket) or client_id
-    now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
-    connection = _open_connection(websocket)
-    client = Client(client_id, _room.node, address, now, websocket, connection)
-    websocket.scope["datadivr.client_id"] = client_id
-    _room.join(client)
+        _hub.arriving -= 1
+    client = _make_client(websocket)
+    _hub.add(client, rooms)
+    _warn_of_open_door(websocket)
     try:
         await _handle(client, WebSocketMessage(event_name="$connect"))
         await _read_messages(client)
     finally:
-        _room.leave(client, client.connection.close_reason())
-        client.connection.finish()
-        went = WebSocketMessage(event_name="$disconnect", payload=client.left_because)
+        _hub.remove(client, client.connection.close_reason())
+        client.connection.mark_closed(websocket)
+        vars(websocket).pop("close", None)  # of `_make_client`, which refers to the client
+        went = WebSocketMessage(event_name="$disconnect", payload=client.removed_because)
         await _handle(client, went)
+
+
+def _make_client(websocket: WebSocket) -> Client:
+    # The id is a UUID of version 8 (RFC 9562, 5.8), whose first 32 bits name the node.
+    random = str(uuid.uuid4())
+    client_id = f"{_hub.node}{random[8:14]}8{random[15:]}"
+    websocket.scope["datadivr.client_id"] = client_id
+    address = _format_address(websocket) or client_id
+    now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    client = Client(client_id, _hub.node, address, now, websocket, _open_connection(websocket))
+
+    async def close(code: int = 1000, reason: str | None = None) -> None:
+        """Close as a handler wants it: no frames may follow the close frame (RFC 6455, 5.5.1)."""
+        websocket.application_state = WebSocketState.DISCONNECTED
+        _hub.remove(client, "client", code, reason or "")
+
+    vars(websocket)["close"] = close
+    return client
 
 
 async def _read_messages(client: Client) -> None:
     """Handle a client's messages, one after the other, until it goes."""
     allowance = _YIELD_BYTES
-    limit = _settings.max_message_bytes
+    limit = _settings().max_message_bytes
     while (event := await client.connection.receive())["type"] == "websocket.receive":
         data = event.get("text") or event.get("bytes") or ""  # hypercorn sends both keys
         allowance -= max(len(data), _YIELD_BYTES // 16)
         if allowance <= 0:  # a queue that is not empty lets nobody else run
             allowance = _YIELD_BYTES
             await asyncio.sleep(0)
-            _room.check(client)
-        if client.left_because == "slow_client":
-            return  # who does not read is not read any more
-        if client.is_closed:
+            _hub.drop_if_gone_or_slow(client)
+        if client.removed_because == "slow_client":
+            return  # a client that does not read is not read any more
+        if client.is_cut_off:
             continue
         client.messages_received += 1
-        _received_total.inc()
+        _hub.received += 1
         # A character is up to 4 bytes of UTF-8.
         if len(data) * 4 > limit and len(data.encode() if isinstance(data, str) else data) > limit:
-            _room.leave(client, "message_too_big", 1009, f"The limit is {limit} bytes")
+            text = f"DATADIVR_MAX_MESSAGE_BYTES is {limit}"
+            _hub.remove(client, "message_too_big", 1009, text)
             continue
-        if client.exceeds_rate():
+        if _exceeds_rate(client, data):
             continue
         try:
             message = parse_message(data)
         except InvalidMessageFormat as error:
-            _report(client.id, error.code, str(error))
+            _send_error(client.id, error.code, str(error), _read_about(data))
             continue
         await _handle(client, message)
 
 
+def _exceeds_rate(client: Client, data: str | bytes) -> bool:
+    """Count a message; tell whether it is more than `max_messages_per_second` allows."""
+    limit = _settings().max_messages_per_second
+    if not limit:
+        return False
+    now = time.monotonic()
+    if now - client.second_began >= 1:
+        client.second_began = now
+        client.messages_this_second = 0
+    client.messages_this_second += 1
+    if client.messages_this_second <= limit:
+        return False
+    about = _read_about(data)
+    # A message with an id has its answer. For the others the client is told once a second.
+    if client.messages_this_second == limit + 1 or about.id is not None:
+        text = f"More than {limit} messages a second: dropped."
+        _send_error(client.id, "rate_limited", text, about)
+    else:
+        _errors_total.labels("rate_limited").inc()
+    return True
+
+
+def _read_about(data: str | bytes) -> WebSocketMessage:
+    """Read the event and the id of what may be no message, as far as they are right."""
+    about = WebSocketMessage.model_construct(event_name="", id=None)
+    with suppress(ValueError):  # it is no JSON
+        found = from_json(data)
+        for name, adapter in (("event_name", _event_name), ("id", _message_id)):
+            with suppress(ValidationError, TypeError, KeyError):
+                setattr(about, name, adapter.validate_python(found[name]))
+    return about
+
+
 async def _handle(client: Client, message: WebSocketMessage) -> None:
-    """Run the handler of a client's message, or of its event, and publish the answer."""
-    message.from_id = client.id
+    """Run the handler of a client's message, or of its event, and send what comes of it."""
+    # `message.from_id = ...` takes pydantic a microsecond.
+    vars(message)["from_id"] = client.id
+    to = message.to
+    task = cast("asyncio.Task[None]", asyncio.current_task())
+    cancelled_before = task.cancelling()  # a TaskGroup leaves it raised, before Python 3.13
     try:
-        if (answer := await handle_msg(message)) is not None:
-            _publish(answer, client, client.id)
-    except (Exception, asyncio.CancelledError) as error:
-        task = asyncio.current_task()
-        if task is not None and task.cancelling():
+        handled, answer = await _run_handler(message)
+        if answer is handled and answer.to == to:
+            _relay(client, answer)
+        else:
+            _answer(client, message, answer)
+    except asyncio.CancelledError as error:
+        if task.cancelling() > cancelled_before:
             raise  # it is this connection that is cancelled, not what the handler awaited
-        event_name, _ = _find_handler(message.event_name)
-        if isinstance(error, InvalidMessageFormat) and error.code == "invalid_payload":
-            _report(client.id, error.code, str(error), event_name=event_name)
+        _send_handler_error(client, message, error)
+    except InvalidMessageFormat as error:
+        if error.code != "invalid_payload":
+            _send_handler_error(client, message, error)
             return
-        text = f"The handler of {event_name!r} failed."
-        _report(client.id, "handler_error", text, event_name=event_name, exc_info=True)
+        event_name, _ = _find_handler(message.event_name)
+        _send_error(client.id, error.code, str(error), message, event_name=event_name)
+    except StarletteHTTPException as error:
+        if not client.removed_because:
+            status = {"status": error.status_code}
+            _send_error(client.id, "refused", str(error.detail), message, status)
+    except (Exception, SystemExit) as error:
+        _send_handler_error(client, message, error)
+
+
+def _relay(client: Client, message: WebSocketMessage) -> None:
+    """Send a client's message on as it is, if it may."""
+    is_room = message.to.startswith("#")
+    room = message.to[1:]
+    if is_room and (room not in client.heard or room in client.silent_in):
+        text = "To send to a room, a client must be in it, and allowed to do more than listen."
+        _send_error(client.id, "not_in_room", text, message)
+        return
+    question = message.id
+    is_to_many = is_room or message.to in _EVERYBODY
+    if is_to_many:  # clients count their questions from 1: one could take it for its own
+        vars(message)["id"] = None
+    data = _encode(message)
+    limit = _settings().max_message_bytes
+    if len(data) > limit:
+        vars(message)["id"] = question
+        text = (
+            f"It would go out with more than {limit} bytes (DATADIVR_MAX_MESSAGE_BYTES): dropped."
+        )
+        _send_error(client.id, "message_too_big", text, message)
+        return
+    _publish(message.to, data, client, client.id)
+    if is_to_many and question is not None:
+        _send(create_message("ok", None, client.id, id=question))
+
+
+def _answer(client: Client, message: WebSocketMessage, answer: WebSocketMessage | None) -> None:
+    """Send what a handler returned, and see that a message with an id has one answer with it."""
+    question = message.id
+    is_answered = question is None
+    if answer is not None:
+        if (
+            question is not None
+            and answer.to.lower() == client.id
+            and answer.id in (None, question)
+        ):
+            answer = answer.model_copy(update={"id": question})
+            is_answered = True
+        _send(answer, client, client.id)
+    if not is_answered:
+        _send(create_message("ok", None, client.id, id=question))
+
+
+def _send_handler_error(client: Client, message: WebSocketMessage, error: BaseException) -> None:
+    event_name, _ = _find_handler(message.event_name)
+    text = f"The handler of {event_name!r} failed."
+    fields: dict[str, Any] = {"event_name": event_name, "exc_info": error, "level": "error"}
+    _send_error(client.id, "handler_error", text, message, **fields)
+
+
+@asynccontextmanager
+async def _lifespan(_: FastAPI) -> AsyncIterator[None]:
+    _last_resort()
+    _hub.enter()
+    await _hub.nodes.wait_until_known()
+    try:
+        yield
+    finally:  # a host's own lifespan may fail at the stop
+        await _hub.nodes.stop()
+
+
+router = APIRouter(lifespan=_lifespan)
+
+
+@router.websocket("/ws", dependencies=[Depends(_count_refusals), Depends(authorize_client)])
+@router.websocket("/ws/", dependencies=[Depends(_count_refusals), Depends(authorize_client)])
+async def _serve_client(websocket: WebSocket) -> None:
+    overrides = getattr(websocket.app, "dependency_overrides", {})
+    if authorize_client in _app_overrides and authorize_client not in overrides:
+        _warn_of_override(websocket.app)
+    await handle_connection(websocket)
+
+
+def _warn_of_override(serving: Any) -> None:
+    serves = f"{type(serving).__name__} {getattr(serving, 'title', '')!r}"
+    hint = "set dependency_overrides[authorize_client] on the application that serves the clients"
+    _warn("override_not_used", "critical", serving=serves, hint=hint)
+
+
+@router.get("/ws", include_in_schema=False)
+async def _ask_for_upgrade() -> None:
+    text = "Expected a WebSocket handshake: a proxy must pass on `Upgrade` and `Connection`."
+    raise HTTPException(426, text, {"Upgrade": "websocket"})
 
 
 # ---- The admin API -------------------------------------------------------------------------------
@@ -1228,12 +1823,13 @@ class ClientInfo(BaseModel):
     messages_received: int
     messages_sent: int
     buffered_bytes: int = Field(description="Bytes unsent: how far it is behind.")
+    rooms: list[str] = Field([], description="The names of the rooms that it is in.")
 
 
 class ClientPage(BaseModel):
     """A page of the list of clients, oldest first."""
 
-    total: int = Field(description="Clients connected now.")
+    total: int = Field(description="Clients connected now, or in the room that was asked for.")
     next: str | None = Field(description="The `after` of the next page; null on the last.")
     partial: bool = Field(description="Whether a node did not answer: its clients are missing.")
     clients: list[ClientInfo]
@@ -1244,7 +1840,9 @@ class Announcement(BaseModel):
 
     event_name: _UnreservedEventName
     payload: Any = None
-    to: str = Field("all", description="`all`, `others` (the same here), or one client's id.")
+    to: Annotated[str, AfterValidator(_check_to)] = Field(
+        "all", description="`all`, `others` (the same here), a client's id, or `#` and a room."
+    )
     message: str | None = None
 
 
@@ -1257,13 +1855,18 @@ class Recipients(BaseModel):
 
 @cache
 def _admin_token() -> str:
-    """Return the admin API's token; where none is set, make one up and log it, once."""
-    if _settings.admin_token is not None:
-        return _settings.admin_token
-    token = secrets.token_urlsafe(32)
-    page = f"/console#token={token}"  # is signed in; what follows # goes to no server
-    hint = "DATADIVR_ADMIN_TOKEN chooses it"
-    _log.critical("admin_token_generated", token=token, console=page, hint=hint)  # at any level
+    """Return the admin API's token; where none is set, make one up and show it, once."""
+    token = _settings().admin_token
+    if token is None:
+        token = secrets.token_urlsafe(32)
+        text, hint = "admin_token_generated", "DATADIVR_ADMIN_TOKEN chooses it"
+        # It opens the page signed in. What follows # goes to no server.
+        console = f"{_hub.console_path or '/console'}#token={token}"
+        # It goes past all loggers: whatever their level, and into nobody's records.
+        record = logging.LogRecord("datadivr", logging.CRITICAL, __file__, 0, text, None, None)
+        record.datadivr = {"event": text, "token": token, "console": console, "hint": hint}
+        with suppress(OSError):
+            _last_resort().emit(record)
     return token
 
 
@@ -1274,60 +1877,28 @@ _Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
 def _require_token(credentials: _Credentials, kind: str, *tokens: str) -> None:
     given = (credentials.credentials if credentials is not None else "").encode()
     if not any(secrets.compare_digest(given, token.encode()) for token in tokens):
-        hint = "the admin's opens everything: DATADIVR_ADMIN_TOKEN, or the one in the log"
+        hint = "the admin token opens everything: DATADIVR_ADMIN_TOKEN, or the one shown at start"
         raise _refuse(401, "admin_unauthorized", f"The {kind} token is needed.", hint)
 
 
 async def authorize_admin(credentials: _Credentials) -> None:
-    """Refuse who does not bring the admin token (HTTPException 401): a FastAPI dependency."""
+    """Raise HTTPException 401 unless the request carries the admin token: a FastAPI dependency."""
     _require_token(credentials, "admin", _admin_token())
 
 
+async def _enter_loop(request: Request) -> None:
+    """Do what the lifespan does, where none has run because a host mounts the application."""
+    if not _hub.console_path:
+        _hub.console_path = f"{request.scope.get('root_path', '')}/console"
+    _hub.enter()
+
+
 @asynccontextmanager
-async def _lifespan(_: FastAPI) -> AsyncIterator[None]:
-    _format_uvicorns_log()  # which `uvicorn.run` has set since
+async def _show_admin_token(serving: FastAPI) -> AsyncIterator[None]:
+    with suppress(Exception):  # the application that runs this has no such route of its own
+        _hub.console_path = serving.root_path + serving.url_path_for("_get_console")
     _admin_token()
-    _room.enter()
-    await _peers.wait_until_known()
     yield
-    await _peers.stop()
-
-
-def _perform(request: Sequence[Any]) -> Any:
-    """Perform a request here, whichever process it came to; None if it is not for here.
-
-    Its first word is what to do, its second who: "all" nodes, or the one that holds a client.
-    """
-    match request:
-        case ["list", _, limit, after]:
-            found = [(client.connected_at + client.id, client) for client in clients.values()]
-            page = sorted(entry for entry in found if entry[0] > after)[: limit + 1]
-            return len(clients), [[key, _describe_client(client)] for key, client in page]
-        case ["publish", to, text] if to in clients or to in _EVERYBODY:
-            return _room.publish(to, text.encode())
-        case ["get", to] if to in clients:
-            return _describe_client(clients[to])
-        case ["disconnect", to] if to in clients:
-            _room.leave(clients[to], "admin", 1008, "Disconnected by an administrator")
-            return True
-    return None
-
-
-def _describe_client(client: Client) -> Any:
-    return {name: getattr(client, name) for name in ClientInfo.model_fields}
-
-
-async def _ask(*request: Any) -> tuple[list[Any], bool]:
-    """Have all, or who holds a client, perform a request; tell if an answer is missing."""
-    _room.enter()
-    own_answer = _perform(request)
-    others, partial = await _peers.ask(request)
-    answers = [answer for answer in (own_answer, *others) if answer is not None]
-    if not answers and partial:
-        raise HTTPException(503, "The node that holds this client does not answer.")
-    if not answers:
-        raise HTTPException(404, "No client with this id is connected.")
-    return answers, partial
 
 
 # What the OpenAPI document says of answers that are raised, and of the body that is read by hand.
@@ -1337,39 +1908,74 @@ _FIND_REFUSALS: dict[int | str, Any] = {404: _DETAIL, 503: _DETAIL}
 _PageSize = Annotated[int, Query(ge=1, le=1000)]
 _OPENMETRICS = {"application/openmetrics-text": {"schema": {"type": "string"}}}
 _After = Annotated[str, Query(pattern=r"^([0-9T:.-]{26}Z[0-9a-f-]{36})?$")]
+_RoomName = Annotated[str, AfterValidator(_check_room)]
 
-router = APIRouter(lifespan=_lifespan)
-_admin = APIRouter(dependencies=[Depends(authorize_admin)], responses={401: _DETAIL})
+_admin = APIRouter(
+    lifespan=_show_admin_token,
+    dependencies=[Depends(_enter_loop), Depends(authorize_admin)],
+    responses={401: _DETAIL},
+)
 
 
-@_admin.get("/clients", response_model=ClientPage)
-async def _list_clients(limit: _PageSize = 100, after: _After = "") -> Any:
-    """List the connected clients, oldest first; `after` is the `next` of a page."""
-    answers, partial = await _ask("list", "all", limit, after)
+@_admin.get("/clients")
+async def list_clients(
+    limit: _PageSize = 100, after: _After = "", room: _RoomName | None = None
+) -> ClientPage:
+    """List the clients of all nodes, or those in a room, oldest first.
+
+    `limit` is the size of a page, `after` the `next` of the page before.
+
+    Raises:
+        ValueError: `room` is not a room's name.
+        HTTPException: 503, no server runs in this process.
+    """
+    rooms = [] if room is None else [_check_room(room)]  # a node of an older version knows no rooms
+    answers, partial = await _query_nodes("list", "all", limit, after, *rooms)
     found = sorted(itertools.chain.from_iterable(page for _, page in answers))
-    return {
-        "total": sum(count for count, _ in answers),
-        "next": found[limit - 1][0] if len(found) > limit else None,
-        "partial": partial,
-        "clients": [client for _, client in found[:limit]],
-    }
+    return ClientPage(
+        total=sum(count for count, _ in answers),
+        next=found[limit - 1][0] if len(found) > limit else None,
+        partial=partial,
+        clients=[ClientInfo(**client) for _, client in found[:limit]],
+    )
 
 
 @_admin.get("/clients/{client_id}", response_model=ClientInfo, responses=_FIND_REFUSALS)
 async def _get_client(client_id: str) -> Any:
     """Describe one connected client."""
-    answers, _ = await _ask("get", client_id)
+    answers, _ = await _query_nodes("get", client_id)
     return answers[0]
 
 
 @_admin.delete("/clients/{client_id}", status_code=204, responses=_FIND_REFUSALS)
 async def disconnect_client(client_id: str) -> None:
-    """Disconnect a client, after what was already sent to it, with code 1008.
+    """Disconnect a client of any node, after what was already sent to it, with code 1008.
 
     Raises:
-        HTTPException: 404, nobody has this id; 503, the node that has it does not answer.
+        HTTPException: 404, no client has this id; 503, the node that has it does not answer.
     """
-    await _ask("disconnect", client_id)
+    await _query_nodes("disconnect", client_id)
+
+
+@_admin.put("/clients/{client_id}/rooms/{room}", status_code=204, responses=_FIND_REFUSALS)
+async def join_room(client_id: str, room: _RoomName, listen_only: bool = False) -> None:
+    """Have a client of any node get what is sent to `#` and the room's name, and send to it.
+
+    With `listen_only` it may not send to it. The client is in the room until `leave_room`, or
+    until it goes. A room needs not be made. To join again changes `listen_only` alone.
+
+    Raises:
+        ValueError: `room` is not a room's name: 1 to 100 characters without white space, control
+            characters, `/` and `#`.
+        HTTPException: 404, no client has this id; 503, the node that has it does not answer.
+    """
+    await _query_nodes("join", client_id, _check_room(room), listen_only)
+
+
+@_admin.delete("/clients/{client_id}/rooms/{room}", status_code=204, responses=_FIND_REFUSALS)
+async def leave_room(client_id: str, room: _RoomName) -> None:
+    """Undo `join_room`, with the same errors; nothing happens if the client is not in the room."""
+    await _query_nodes("leave", client_id, _check_room(room))
 
 
 @_admin.post(
@@ -1380,14 +1986,17 @@ async def disconnect_client(client_id: str) -> None:
     openapi_extra={"requestBody": {"required": True, "content": {"application/json": _BODY}}},
 )
 async def _post_message(request: Request) -> Any:
-    """Send a message to all clients, or to one."""
+    """Send a message to all clients, to a room, or to one client."""
     body = bytearray()
+    limit = _settings().max_message_bytes
     try:
         # FastAPI would read all of it, and before it asks for the token.
         async for chunk in request.stream():
             body += chunk
-            if len(body) > _settings.max_message_bytes:
-                raise HTTPException(413, f"The limit is {_settings.max_message_bytes} bytes.")
+            if len(body) > limit:
+                raise HTTPException(
+                    413, f"The limit is {limit} bytes (DATADIVR_MAX_MESSAGE_BYTES)."
+                )
         announcement = Announcement.model_validate_json(body)
     except ClientDisconnect:
         raise HTTPException(400, "The body ended early.") from None
@@ -1396,7 +2005,7 @@ async def _post_message(request: Request) -> Any:
         faults = [{**detail, "loc": ("body", *detail["loc"])} for detail in details]
         raise RequestValidationError(faults) from None
     text = _encode(WebSocketMessage(**dict(announcement))).decode()
-    counts, partial = await _ask("publish", announcement.to, text)
+    counts, partial = await _query_nodes("publish", announcement.to, text)
     return {"recipients": sum(counts), "partial": partial}
 
 
@@ -1409,8 +2018,8 @@ async def _post_message(request: Request) -> Any:
 )
 async def _get_metrics(request: Request, credentials: _Credentials) -> Response:
     """Report the metrics in Prometheus' text format, or in OpenMetrics where that is asked for."""
-    if _settings.metrics_token is not None:
-        _require_token(credentials, "metrics", _settings.metrics_token, _admin_token())
+    if (metrics_token := _settings().metrics_token) is not None:
+        _require_token(credentials, "metrics", metrics_token, _admin_token())
     elif _is_rebound(request):
         host = request.headers["host"]
         hint = "add http:// and the host to DATADIVR_ALLOWED_ORIGINS to let it in"
@@ -1419,6 +2028,7 @@ async def _get_metrics(request: Request, credentials: _Credentials) -> Response:
         generate, content_type = choose_encoder(request.headers.get("accept", ""))
     except TypeError:  # it asks for a version that is no number
         generate, content_type = choose_encoder("")
+    _hub.count_traffic()
     text = await asyncio.to_thread(lambda: generate(_collect_metrics()))  # files take their time
     return Response(text, media_type=content_type)
 
@@ -1431,25 +2041,29 @@ async def _get_health(response: Response) -> dict[str, str]:
     return {"status": "ok"}
 
 
-@router.websocket("/ws", dependencies=[Depends(authorize_client)])
-@router.websocket("/ws/", dependencies=[Depends(authorize_client)])
-async def _serve_client(websocket: WebSocket) -> None:
-    await handle_connection(websocket)
+# By name: the files at the end of this one, which a reader need not pass.
+_files: dict[str, str] = {}
 
 
-@router.get("/ws", include_in_schema=False)
-async def _ask_for_upgrade() -> None:
-    text = "Expected a WebSocket handshake: a proxy must pass on `Upgrade` and `Connection`."
-    raise HTTPException(426, text, {"Upgrade": "websocket"})
+@router.api_route("/client.js", methods=["GET", "HEAD"], include_in_schema=False)
+async def _get_client_js(request: Request) -> Response:
+    """Serve the browser's client: a module that pages, from elsewhere too, import."""
+    text = _files["client.js"]
+    etag = f'"{hashlib.sha256(text.encode()).hexdigest()[:16]}"'
+    headers = {"ETag": etag, "Cache-Control": "no-cache", "Access-Control-Allow-Origin": "*"}
+    if etag in request.headers.get("if-none-match", ""):
+        return Response(status_code=304, headers=headers)
+    return Response(text, media_type="text/javascript", headers=headers)
 
 
-@router.api_route("/console", methods=["GET", "HEAD"], include_in_schema=False)
 @router.api_route("/console/", methods=["GET", "HEAD"], include_in_schema=False)
+@router.api_route("/console", methods=["GET", "HEAD"], include_in_schema=False)
 async def _get_console() -> HTMLResponse:
     """Serve the console: a page without data, which uses nothing but this API and its token."""
+    page = _files["console.html"]
     sources = []
     for tag in ("script", "style"):
-        text = _CONSOLE.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
+        text = page.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
         digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
         sources.append(f"{tag}-src 'sha256-{digest}'")
     policy = (
@@ -1458,8 +2072,10 @@ async def _get_console() -> HTMLResponse:
         "require-trusted-types-for 'script'; trusted-types 'none'"
     )
     headers = {"Content-Security-Policy": policy, "Cache-Control": "no-cache"}
-    return HTMLResponse(_CONSOLE, headers=headers)
+    return HTMLResponse(page, headers=headers)
 
+
+router.include_router(_admin)
 
 # ---- The application -----------------------------------------------------------------------------
 
@@ -1469,43 +2085,62 @@ async def _answer_refusal(connection: Any, error: Any) -> Any:
     response = await http_exception_handler(connection, error)
     if not isinstance(connection, WebSocket):
         return response
-    await connection.send_denial_response(response)
+    if "websocket.http.response" in connection.scope.get("extensions", {}):
+        await connection.send_denial_response(response)
+    else:  # Daphne 4 has no other refusal than a close, which is a 403
+        await connection.close(1008)
     return None
 
 
 class App(FastAPI):
     """A FastAPI application that serves clients of `/ws` without FastAPI's own stack.
 
-    That saves a third of an idle client's memory. It is done innermost, so what wraps the stack
-    sees these clients too (FastAPI's telemetry does not). With middleware, an override, a handler
-    of exceptions or a route before `/ws`, the stack serves.
+    An idle client then takes 20 KB and not 32. Where somebody has added something that a client
+    passes through on its way, the ordinary stack serves. What wraps the whole application sees
+    these clients in both cases.
     """
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        host = scope.get("app")  # the application that mounts this one
+        overrides = getattr(host, "dependency_overrides", {})
+        if authorize_client in overrides and authorize_client not in self.dependency_overrides:
+            _warn_of_override(self)
+        await super().__call__(scope, receive, send)
 
     def build_middleware_stack(self) -> ASGIApp:
         stack = super().build_middleware_stack()
 
         async def serve(scope: Scope, receive: Receive, send: Send) -> None:
             is_websocket = scope["type"] == "websocket"
-            if is_websocket and not self._needs_stack(scope):
+            if is_websocket and _is_ws_path(scope) and not self._has_additions():
                 websocket = WebSocket(scope, receive, send)
-                try:  # as `websocket_endpoint`, whose frame would stay for as long as the client
-                    await authorize_client(websocket)
-                    await handle_connection(websocket)
+                try:
+                    await websocket_endpoint(websocket)
                 except HTTPException as error:
                     await _answer_refusal(websocket, error)
             else:
                 await stack(scope, receive, send)
-                if is_websocket and isinstance(scope.get("endpoint"), StaticFiles | None):
+                has_no_endpoint = isinstance(scope.get("endpoint"), StaticFiles | None)
+                if is_websocket and has_no_endpoint:
                     _warn("no_such_path", path=scope["path"], hint="clients connect to /ws")
-            _UvicornConnection.finish_refusal(receive)
+            _UvicornConnection.mark_refused(receive)
 
         return serve
 
-    def _needs_stack(self, scope: Scope) -> bool:
-        path = scope["path"].removeprefix(scope.get("root_path", "")).removesuffix("/")
-        routes = self.router.routes[: len(_ROUTES[0])], router.routes[: len(_ROUTES[1])]
-        is_changed = self.user_middleware or self.dependency_overrides or routes != _ROUTES
-        return path != "/ws" or bool(is_changed) or self.exception_handlers != _EXCEPTION_HANDLERS
+    def _has_additions(self) -> bool:
+        """Tell whether somebody has added what a client of `/ws` passes through in the stack."""
+        has_routes_before = (
+            self.router.routes[: len(_APP_ROUTES)] != _APP_ROUTES
+            or router.routes[: len(_ROUTER_ROUTES)] != _ROUTER_ROUTES
+        )
+        has_own_handlers = self.exception_handlers != _EXCEPTION_HANDLERS
+        has_wrappers = bool(self.user_middleware or self.dependency_overrides)
+        return has_wrappers or has_routes_before or has_own_handlers
+
+
+def _is_ws_path(scope: Scope) -> bool:
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", "")).removesuffix("/") == "/ws"
 
 
 _DESCRIPTION = """
@@ -1514,15 +2149,16 @@ administrators; where there is a client token, with the subprotocols `["bearer",
 
 Over the WebSocket go messages of JSON, such as
 `{"event_name": "chat", "payload": {"any": ["JSON"]}, "to": "others", "message": null}`.
-Only `event_name` is required; `to` is `all`, `others` (the default) or one client's id. What
-arrives has the sender's id as `from_id`, or `server`. The server answers `whoami` with a client's
-own id, and an `error` says what was wrong with a message.
+Only `event_name` is required; `to` is `all`, `others` (the default), one client's id, or `#` and
+the name of a room. What arrives has the sender's id as `from_id`, or `server`. The server answers
+`whoami` with a client's own id, and an `error` says what was wrong with a message. The answer to a
+message with an `id` has the same `id`.
 """
-router.include_router(_admin)
 app = App(title="datadivr", version=__version__, description=_DESCRIPTION)
+app.dependency_overrides = _app_overrides
 app.include_router(router)
 app.add_exception_handler(StarletteHTTPException, _answer_refusal)
-_ROUTES = list(app.router.routes), list(router.routes)
+_APP_ROUTES, _ROUTER_ROUTES = list(app.router.routes), list(router.routes)
 _EXCEPTION_HANDLERS = dict(app.exception_handlers)
 
 # Code written for the package that this file implements imports `datadivr.transport.server` and the
@@ -1541,45 +2177,45 @@ _LOST_SECONDS = 3  # without a word from Redis
 
 
 class _Line(NamedTuple):
-    """Text for one node, or for "all"; without text it is a barrier that its sender waits for."""
+    """Text for one node, or for "all"; without text it is a probe."""
 
     node: str
     text: bytes
-    asker_id: str  # who is told where nobody hears it
-    heard_by: asyncio.Future[int | None]  # how many nodes; None where it is lost
+    reply_to: str  # the client that gets an error where no node hears it; "" is none
+    heard_by: asyncio.Future[int | None] | None  # how many nodes; None where the line is lost
 
     def finish(self, nodes: int | None) -> None:
-        self.heard_by.set_result(nodes)
         if nodes is None and self.text:
             _errors_total.labels("redis").inc()
-        if nodes == 0 and self.asker_id:
-            _report(self.asker_id, *_UNKNOWN_RECIPIENT)
+        if nodes == 0 and self.reply_to:
+            _send_unknown_recipient(self.reply_to, self.text.split(b" ", 2)[2])
+        if self.heard_by is not None and not self.heard_by.done():
+            self.heard_by.set_result(nodes)
 
 
-class _Cluster(_Peers):
+class _RedisNodes(_OtherNodes):
     """The other processes ("nodes") that share a Redis, in which nothing is kept.
 
     Each subscribes to a channel of its own and to one of all. A message there is lines of text:
     the node that publishes, then any number of these, each of three words::
 
-        all - {message}                for all clients
-        CLIENT_ID ASKER_ID {message}   for one client; a - where nobody is to be told
-        ask NUMBER [request]           for `_perform`
-        answer NUMBER ...              what that returned, in JSON
+        all - {message}                  for all clients
+        #ROOM - {message}                for the clients in a room
+        CLIENT_ID REPLY_TO {message}     for one client; a - where nobody is to be told
+        ask NUMBER [request]             for `_run_request`
+        answer NUMBER ...                what that returned, in JSON
     """
 
     def __init__(self, url: str) -> None:
         try:  # so configured, redis-py repeats nothing, and raises the first error
-            from redis.asyncio import Redis
-            from redis.asyncio.retry import Retry
-            from redis.backoff import NoBackoff
-
-            options: dict[str, Any] = {"retry": Retry(NoBackoff(), 0), "decode_responses": False}
+            retry: Any = import_module("redis.asyncio.retry").Retry
+            backoff: Any = import_module("redis.backoff").NoBackoff
+            options: dict[str, Any] = {"retry": retry(backoff(), 0), "decode_responses": False}
             options |= {"protocol": 2, "encoding": "utf-8", "socket_timeout": _LOST_SECONDS}
             if options.keys() & parse_qs(urlsplit(url).query).keys():
                 raise ValueError  # redis-py would take the URL's
-            self._redis: Any = Redis.from_url(url, **options)
-            self._redis.connection_pool.make_connection()  # type: ignore[no-untyped-call]
+            self._redis: Any = import_module("redis.asyncio").Redis.from_url(url, **options)
+            self._redis.connection_pool.make_connection()
         except ImportError:
             text = "DATADIVR_REDIS_URL is set, but redis is not installed: pip install redis"
             raise RuntimeError(text) from None
@@ -1587,48 +2223,61 @@ class _Cluster(_Peers):
             text = f"expected a URL that redis-py can read, without {', '.join(options)}"
             raise ValueError(f"DATADIVR_REDIS_URL: {text}") from None
         database = self._redis.connection_pool.connection_kwargs.get("db") or 0
-        self._prefix = f"{_settings.redis_prefix}:{database}"  # channels are of all databases
+        self._prefix = f"{_settings().redis_prefix}:{database}"  # channels are of all databases
         self._answers: dict[int, asyncio.Queue[Any]] = {}  # by the number of what was asked
+        self._up = _declare(Gauge, "redis_up", "Whether Redis is up.", multiprocess_mode="livemin")
 
     def start(self) -> None:
-        self._up = _declare(Gauge, "redis_up", "Whether Redis is up.", multiprocess_mode="livemin")
+        self._node = _hub.node
+        self._loop = _hub.loop
         self._is_lost = False  # nor is it known at first whether Redis is there
         self._waiting: list[_Line] = []  # until they are published
         self._waiting_bytes = 0
         self._has_waiting = asyncio.Event()
-        self._task: asyncio.Task[None] = _room.loop.create_task(self._run())
+        self._task: asyncio.Task[None] = self._loop.create_task(self._run())
 
     async def wait_until_known(self) -> None:
         if self._task.done():  # a lifespan has ended before in this event loop
             self.start()
-        await asyncio.wait([self._add(_room.node, b"").heard_by])  # taken by Redis, or lost
+        await self._barrier()
 
     async def stop(self) -> None:
-        await asyncio.wait([self._add(_room.node, b"").heard_by], timeout=1)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._barrier(), 1)
         while not self._task.done():  # before Python 3.13 a TaskGroup may swallow a cancel
             self._task.cancel()
             await asyncio.wait([self._task], timeout=0.1)
         self._is_lost = True
         await self._redis.aclose()
 
-    def publish(self, to: str, message: bytes, asker_id: str) -> None:
+    async def _barrier(self) -> None:
+        """Wait until all that was published has been taken by Redis, or is lost."""
+        heard_by = self._loop.create_future()
+        self._add(self._node, b"", heard_by=heard_by)
+        await heard_by
+
+    def publish(self, to: str, message: bytes, reply_to: str = "") -> None:
         node = self._find_node(to)
         if node is None:
-            super().publish(to, message, asker_id)
+            super().publish(to, message, reply_to)
         else:
-            self._add(node, f"{to} {asker_id or '-'} ".encode() + message, asker_id)
+            # A line has no line feed: JSON has none, and `_check_to` lets none into a room's name.
+            words = f"{to if node == 'all' else to.lower()} {reply_to or '-'} "
+            self._add(node, words.encode() + message, reply_to)
 
-    async def ask(self, request: Sequence[Any]) -> tuple[list[Any], bool]:
+    async def query(self, request: Sequence[Any]) -> tuple[list[Any], bool]:
         node = self._find_node(request[1])
         if node is None:
             return [], False
         number = secrets.randbits(32)
         queue = self._answers[number] = asyncio.Queue()
+        heard_by: asyncio.Future[int | None] = self._loop.create_future()
         answers: list[Any] = []
         try:
             async with asyncio.timeout(1):
-                line = self._add(node, f"ask {number} {json.dumps(request)}".encode())
-                nodes = await asyncio.shield(line.heard_by)  # it is set later all the same
+                text = f"ask {number} {json.dumps(request)}"
+                self._add(node, text.encode(), heard_by=heard_by)
+                nodes = await heard_by
                 expected = (nodes or 0) - (1 if node == "all" else 0)  # all but this one
                 while len(answers) < expected:
                     answers.append(await queue.get())
@@ -1639,22 +2288,30 @@ class _Cluster(_Peers):
             del self._answers[number]
 
     def _find_node(self, to: str) -> str | None:
-        if to in _EVERYBODY:
+        """Return the other node, or all, that something is for; None if there is no such node."""
+        if to in _EVERYBODY or to.startswith("#"):
             return "all"
-        named = _CLIENT_ID.fullmatch(to)
-        return named[1] if named and named[1] != _room.node else None
+        named = _CLIENT_ID.fullmatch(to.lower())
+        return named[1] if named and named[1] != self._node else None
 
-    def _add(self, node: str, text: bytes, asker_id: str = "") -> _Line:
+    def _add(
+        self,
+        node: str,
+        text: bytes,
+        reply_to: str = "",
+        heard_by: asyncio.Future[Any] | None = None,
+    ) -> None:
         """Publish a line, with the others of this turn, unless it is lost."""
-        line = _Line(node, text, asker_id, _room.loop.create_future())
+        if b"\n" in text:
+            raise ValueError(f"expected a line, got {text[:100]!r}")
+        line = _Line(node, text, reply_to, heard_by)
         size = self._waiting_bytes + len(text)
-        if self._is_lost or (self._waiting and size > _settings.max_buffer_bytes):
+        if self._is_lost or (self._waiting and size > _settings().max_buffer_bytes):
             line.finish(None)
         else:
             self._waiting.append(line)
             self._waiting_bytes = size
             self._has_waiting.set()
-        return line
 
     async def _run(self) -> None:
         """Stay connected: after a loss, subscribe anew on new connections."""
@@ -1664,14 +2321,21 @@ class _Cluster(_Peers):
                     await self._join(pubsub)
                     tasks.create_task(self._listen(pubsub))
                     tasks.create_task(self._publish_waiting())
+                    tasks.create_task(self._probe())
             except* Exception as errors:
                 for line in self._waiting:
                     line.finish(None)
                 self._waiting, self._waiting_bytes = [], 0
                 if not self._is_lost:
                     error = errors.exceptions[0]
+                    text = f"{type(error).__name__}: {error}"
                     _errors_total.labels("redis").inc()
-                    _log.warning("redis_lost", error=f"{type(error).__name__}: {error}")
+                    _log(
+                        "warning",
+                        "redis_lost",
+                        error=text,
+                        hint="nodes are apart until it is back",
+                    )
                 self._is_lost = True
                 self._up.set(0)
             await asyncio.sleep(0.1)
@@ -1679,15 +2343,27 @@ class _Cluster(_Peers):
     async def _join(self, pubsub: Any) -> None:
         async with asyncio.timeout(_LOST_SECONDS):
             info = await self._redis.info()
-            if info["role"] != "master" or info.get("cluster_enabled"):
-                raise ConnectionError("expected a primary, and none of a Redis Cluster")
-            channels = [f"{self._prefix}:{node}" for node in ("all", _room.node)]
+            if info.get("role") != "master" or info.get(
+                "cluster_enabled"
+            ):  # a Sentinel has no role
+                raise ConnectionError("expected a primary, and no replica, Sentinel or Cluster")
+            channels = [f"{self._prefix}:{node}" for node in ("all", self._node)]
             await pubsub.subscribe(*channels)
-            while not await self._redis.publish(channels[1], _room.node):
+            await self._redis.publish(channels[1], self._node)  # it must be allowed to
+            while not (await self._redis.pubsub_numsub(channels[1]))[0][1]:
                 pass  # it is not subscribed yet
         self._is_lost = False
         self._up.set(1)
-        _log.info("redis_joined", node=_room.node)
+        _log("info", "redis_joined", node=self._node)
+
+    async def _probe(self) -> None:
+        """Publish an empty line to this node each second.
+
+        It shows that Redis is there, and keeps both connections alive in a NAT or load balancer.
+        """
+        while True:
+            self._add(self._node, b"")
+            await asyncio.sleep(1)
 
     async def _publish_waiting(self) -> None:
         """Publish what waits in one pipeline; what comes meanwhile waits for the next."""
@@ -1695,46 +2371,39 @@ class _Cluster(_Peers):
             await self._has_waiting.wait()
             self._has_waiting.clear()
             by_node = itertools.groupby(self._waiting, lambda line: line.node)
-            groups = [list(lines) for _, lines in by_node]
+            groups = [(node, list(lines)) for node, lines in by_node]
             pipeline = self._redis.pipeline(transaction=False)
-            for lines in groups:
-                data = b"\n".join((_room.node.encode(), *(line.text for line in lines)))
-                pipeline.publish(f"{self._prefix}:{lines[0].node}", data)
-            for lines, nodes in zip(groups, await pipeline.execute(False), strict=True):
+            for node, lines in groups:
+                channel = f"{self._prefix}:{node}"
+                data = b"\n".join((self._node.encode(), *(line.text for line in lines)))
+                pipeline.publish(channel, data)
+                pipeline.pubsub_numsub(channel)  # PUBLISH counts subscribers to patterns too
+            results = await pipeline.execute(raise_on_error=False)
+            for (_, lines), result, hearers in zip(
+                groups, results[::2], results[1::2], strict=True
+            ):
+                is_lost = isinstance(result, Exception) or isinstance(hearers, Exception)
                 del self._waiting[: len(lines)]
                 for line in lines:
                     self._waiting_bytes -= len(line.text)
-                    line.finish(nodes if isinstance(nodes, int) else None)  # or it is an error
+                    line.finish(None if is_lost else hearers[0][1])
 
     async def _listen(self, pubsub: Any) -> None:
-        """Take what the others publish, until nothing is heard for 3 s."""
-        # Silences are counted, not timed: a process that was paused has not lost Redis, but has a
-        # backlog. Until its PING is answered, it takes that no faster than its clients do.
+        """Take what the others publish, until nothing, not even a probe, is heard for 3 s."""
+        # Silences are counted, not timed: a process that was paused has not lost Redis.
         silent_seconds = 0
-        patience = 0.0  # seconds that it may still wait for them
         while silent_seconds < _LOST_SECONDS:
             message = await pubsub.get_message(timeout=1)
-            if message is None:
-                silent_seconds += 1
-                patience = _LOST_SECONDS
-                await pubsub.ping()
-                continue
-            silent_seconds = 0
-            if message["type"] == "message":
+            silent_seconds = silent_seconds + 1 if message is None else 0
+            if message is not None and message["type"] == "message":
                 self._take(message["data"])
                 await asyncio.sleep(0)  # or nobody else runs while there is more to take
-            else:
-                patience = 0.0
-            most = len(clients) * _settings.max_buffer_bytes / 4
-            while patience > 0 and sum(client.buffered_bytes for client in clients.values()) > most:
-                patience -= 0.01
-                await asyncio.sleep(0.01)
         raise TimeoutError(f"nothing heard for {_LOST_SECONDS} s")
 
     def _take(self, data: bytes) -> None:
         """Act on the lines that a node has published."""
         node, *lines = data.split(b"\n")
-        if node == _room.node.encode():
+        if node == self._node.encode():
             return
         for line in lines or [b""]:  # to have no line is garbage too
             try:
@@ -1744,21 +2413,27 @@ class _Cluster(_Peers):
                 _warn("redis_garbage", error=repr(error))
 
     def _act(self, node: str, to: bytes, about: bytes, body: bytes) -> None:
-        if to == b"ask":
-            answer = json.dumps(_perform(json.loads(body)))
+        if to.startswith(b"#") or to == b"all":
+            _hub.publish(to.decode(), body)
+        elif to == b"ask":
+            answer = json.dumps(_run_request(json.loads(body)))
             self._add(node, b"answer %b %b" % (about, answer.encode()))
         elif to == b"answer":
             answer = json.loads(body)
             if int(about) in self._answers:  # it may come too late
                 self._answers[int(about)].put_nowait(answer)
-        elif to != b"all" and not _CLIENT_ID.fullmatch(to.decode()):
-            raise ValueError(f"expected all, ask, answer or a client's id, got {to[:36]!r}")
-        elif not _room.publish(to.decode(), body) and about != b"-":
-            _report(about.decode(), *_UNKNOWN_RECIPIENT)
+        elif not _CLIENT_ID.fullmatch(to.decode()):
+            raise ValueError(f"expected all, #, ask, answer or a client's id, got {to[:36]!r}")
+        elif not _hub.publish(to.decode(), body) and about != b"-":
+            _send_unknown_recipient(about.decode(), body)
 
 
-if _settings.redis_url:
-    _peers = _Cluster(_settings.redis_url)
+def _make_nodes() -> _OtherNodes:
+    url = _settings().redis_url
+    return _RedisNodes(url) if url is not None else _OtherNodes()
+
+
+_hub.make_nodes = _make_nodes
 
 # ---- Running it ----------------------------------------------------------------------------------
 
@@ -1770,13 +2445,146 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="A WebSocket message server with an admin API.")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8765)
-    options: dict[str, Any] = {"ws_max_size": _settings.max_message_bytes}
+    options: dict[str, Any] = {"ws_max_size": _settings().max_message_bytes}
     uvicorn.run(app, timeout_graceful_shutdown=5, **options, **vars(parser.parse_args()))
 
 
+# ---- The browser's client ------------------------------------------------------------------------
+
+_files["client.js"] = r"""/**
+ * @typedef {{ event_name: string, payload: any, to: string, from_id: string, message: string | null, id?: number | string }} Message
+ * @typedef {"connecting" | "open" | "refused" | "closed"} State
+ * @param {{ token?: string, url?: string | URL, onmessage?: (message: Message) => void, onstate?: (state: State, reason: string) => void }} [options]
+ */
+export function connect(options = {}) {
+  const { token, url = new URL("ws", import.meta.url), onmessage, onstate } = options;
+  const address = String(url).replace(/^http/, "ws");
+  /** @type {Map<number | string, { resolve: (message: Message) => void, reject: (error: Error) => void }>} */
+  const questions = new Map();
+  /** @type {WebSocket} */
+  let socket;
+  /** @type {State} */
+  let state = "closed";
+  let failures = 0; // since it was open
+  let refusals = 0; // of these, how many while the server answered
+  let heardAt = 0;
+  let lastId = 0;
+  let timer = 0;
+
+  /** @param {State} next */
+  function show(next, reason = "") {
+    state = next;
+    call(onstate, next, reason);
+  }
+
+  function open() {
+    clearTimeout(timer);
+    show("connecting");
+    socket = new WebSocket(address, token ? ["bearer", token] : []);
+    socket.onopen = () => {
+      failures = refusals = 0;
+      heard();
+      show("open");
+    };
+    socket.onmessage = ({ data }) => {
+      heard();
+      const message = JSON.parse(data);
+      const question = questions.get(message.id);
+      if (!question) return call(onmessage, message);
+      questions.delete(message.id);
+      if (message.event_name !== "error") return question.resolve(message);
+      question.reject(Object.assign(new Error(message.message), message.payload));
+    };
+    socket.onclose = lose;
+    socket.onerror = () => state === "connecting" && lose({ code: 1006, reason: "" }); // Node's
+  }
+
+  function heard() {
+    heardAt = Date.now();
+    clearTimeout(timer);
+    timer = setTimeout(probe, 20000);
+  }
+
+  function probe() {
+    if (Date.now() - heardAt > 29000) return lose({ code: 1006, reason: "silent" });
+    socket.send('{"event_name": "whoami"}');
+    timer = setTimeout(probe, 10000);
+  }
+
+  /** @param {{ code: number, reason: string }} event */
+  async function lose({ code, reason }) {
+    clearTimeout(timer);
+    const wasOpen = state === "open";
+    socket.onopen = socket.onmessage = socket.onclose = socket.onerror = null;
+    socket.close();
+    for (const { reject } of questions.values()) reject(new Error("The connection was lost."));
+    questions.clear();
+    failures += 1;
+    show("connecting", reason);
+    if (!wasOpen && (await answers())) refusals += 1;
+    if (state === "closed") return;
+    if (code === 1008 || refusals === 3) return show("refused", reason);
+    const seconds = Math.min(30, 2 ** (failures - 1)) * (0.5 + Math.random());
+    timer = setTimeout(open, seconds * 1000);
+  }
+
+  async function answers() {
+    const health = new URL("healthz", address.replace("ws", "http"));
+    return fetch(health, { signal: AbortSignal.timeout(5000) }).then(
+      ({ ok }) => ok,
+      () => false,
+    );
+  }
+
+  function hurry() {
+    if (state === "connecting" && socket.readyState === WebSocket.CLOSED) open();
+    else if (state === "open" && Date.now() - heardAt > 20000) probe();
+  }
+
+  /** @param {string} event_name @param {any} [payload] @param {{ to?: string, message?: string, id?: number | string }} [rest] */
+  function send(event_name, payload = null, rest = {}) {
+    if (state !== "open") throw new Error("There is no connection.");
+    socket.send(JSON.stringify({ event_name, payload, ...rest }));
+  }
+
+  /** @param {string} event_name @param {any} [payload] @returns {Promise<Message>} */
+  function ask(event_name, payload = null, timeout = 10000) {
+    return new Promise((resolve, reject) => {
+      const id = (lastId += 1);
+      send(event_name, payload, { id });
+      questions.set(id, { resolve, reject });
+      const late = () => questions.delete(id) && reject(new Error("There was no answer in time."));
+      setTimeout(late, timeout);
+    });
+  }
+
+  function close() {
+    show("closed");
+    globalThis.removeEventListener?.("online", hurry);
+    clearTimeout(timer);
+    socket.onclose = null;
+    socket.close();
+  }
+
+  globalThis.addEventListener?.("online", hurry);
+  globalThis.document?.addEventListener("visibilitychange", hurry);
+  open();
+  return { send, ask, close };
+}
+
+/** @param {Function | undefined} callback @param {any[]} values */
+function call(callback, ...values) {
+  try {
+    callback?.(...values);
+  } catch (error) {
+    globalThis.reportError ? reportError(error) : console.error(error);
+  }
+}
+"""
+
 # ---- The console's page --------------------------------------------------------------------------
 
-_CONSOLE = r"""<!doctype html>
+_files["console.html"] = r"""<!doctype html>
 <html lang="en">
   <meta charset="utf-8" />
   <meta name="viewport" content="width=device-width, initial-scale=1" />
