@@ -662,7 +662,7 @@ def fake_client(connection: FakeConnection) -> datadivr.Client:
     now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
     client_id = str(uuid.uuid4())
     websocket = fastapi.WebSocket({"type": "websocket"}, None, None)  # type: ignore[arg-type]
-    client = datadivr.Client(client_id, client_id[:8], "", now, websocket, connection)  # type: ignore[arg-type]
+    client = datadivr.Client(client_id, client_id[:8], "", now, websocket, connection, None)  # type: ignore[arg-type]
     datadivr._hub.add(client)
     return client
 
