@@ -4,6 +4,8 @@ Those that take `server` run against real servers, `datadivr` under each of them
 `live` against a uvicorn in a thread of this process; the others need no socket.
 """
 
+import argparse
+import array
 import asyncio
 import configparser
 import contextlib
@@ -15,6 +17,7 @@ import inspect
 import io
 import itertools
 import json
+import logging
 import math
 import os
 import random
@@ -41,6 +44,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NewType, Optional, Self, TypeVar, assert_type
 from zoneinfo import ZoneInfo
 
+import anyio.to_thread
 import fastapi
 import httpx2 as httpx
 import hypothesis
@@ -67,7 +71,7 @@ from pydantic import BaseModel, Field
 from pydantic_core import PydanticSerializationError
 from starlette.middleware import Middleware
 from starlette.testclient import WebSocketDenialResponse
-from starlette.websockets import WebSocketDisconnect
+from starlette.websockets import WebSocketDisconnect, WebSocketState
 from uvicorn.protocols.websockets.auto import AutoWebSocketsProtocol
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.extensions.permessage_deflate import ClientPerMessageDeflateFactory
@@ -510,6 +514,10 @@ APPLICATION = """
     @app.post("/tell")
     async def tell():
         return await broadcast(create_message("news", 1, "all"))
+
+    @app.post("/tell_from_a_thread")
+    def tell_from_a_thread():
+        return asyncio.run(broadcast(create_message("news", 2, "all")))
 """
 SERVERS = {
     "uvicorn": ["-m", "uvicorn", "application:app", "--port", "{port}"],
@@ -545,6 +553,33 @@ def server(
             "never retrieved",
         ):
             assert complaint not in process.log, process.log
+
+
+class Records(logging.Handler):
+    """Keeps what this file logs, where no host has configured anything."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.all: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.name == "datadivr":
+            self.all.append(record)
+
+    def named(self, event: str, level: int = logging.WARNING) -> list[Json]:
+        """Return the fields of an event's records, from a level on."""
+        found = [vars(record)["datadivr"] for record in self.all if record.levelno >= level]
+        return [fields for fields in found if fields["event"] == event]
+
+
+@pytest.fixture
+def records() -> Iterator[Records]:
+    """Give the process a handler of its own, as a host does with `logging`."""
+    structlog.reset_defaults()
+    handler = Records()
+    logging.getLogger().addHandler(handler)
+    yield handler
+    logging.getLogger().removeHandler(handler)
 
 
 async def handled(event_name: str, payload: Any) -> WebSocketMessage | None:
@@ -698,9 +733,10 @@ def run(script: str, cwd: Path) -> str:
 
 # Runs scripts in forks of a process that has imported already what takes most of a start.
 FORKS = """
-    import json, os, sys
+    import gc, json, os, sys
     import fastapi.testclient, prometheus_client, redis.asyncio, structlog, uvicorn
 
+    gc.freeze()  # or each fork copies all of this for its collector
     for number, (script, variables) in enumerate(json.load(sys.stdin)):
         if not os.fork():
             output = os.open(f"{sys.argv[1]}/{number}", os.O_CREAT | os.O_WRONLY)
@@ -1000,6 +1036,547 @@ def test_a_made_up_token_is_shown_whatever_the_level(level: str) -> None:
     assert token in shown
 
 
+@pytest.mark.parametrize("variable", TOKENS)
+def test_a_token_from_a_file_is_taken_without_its_line_feed(variable: str) -> None:
+    settings = datadivr._read_settings({variable: "let-me-in\n"})
+    assert getattr(settings, variable.removeprefix("DATADIVR_").lower()) == "let-me-in"
+
+
+def test_the_import_configures_nothing_and_reads_no_setting(tmp_path: Path) -> None:
+    script = """
+        import logging, sys, threading, warnings
+        import structlog
+
+        def state():
+            root, showwarning = logging.getLogger(), warnings.showwarning
+            uvicorns = [logging.getLogger(name) for name in ("uvicorn", "uvicorn.access")]
+            lists = [(log.level, log.disabled, *log.handlers, *log.filters) for log in uvicorns]
+            own = "datadivr" in logging.Logger.manager.loggerDict
+            found = root.level, *root.handlers, *root.filters, logging.lastResort, showwarning
+            return *found, *lists, own, structlog.is_configured(), sys.excepthook
+
+        before = state()
+        import datadivr
+        assert state() == before
+        assert threading.active_count() == 1
+        structlog.get_logger().info("the host's own line")
+    """
+    wrong = {"DATADIVR_MAX_CLIENTS": "many", "DATADIVR_ADMIN_TOKEN": ""}
+    ((status, output),) = run_each([(script, wrong)], tmp_path / "out")
+    assert status == 0, output
+    assert re.fullmatch(r"\S+ \S+ \[info +\] the host's own line *\n", output)
+
+
+def test_nothing_is_open_while_a_setting_is_wrong(tmp_path: Path) -> None:
+    script = """
+        import datadivr
+        from fastapi.testclient import TestClient
+
+        def start():
+            with TestClient(datadivr.app):
+                pass
+
+        def come():
+            with TestClient(datadivr.app).websocket_connect("/ws"):
+                pass
+
+        def scrape():
+            assert TestClient(datadivr.app).get("/metrics").status_code == 200
+
+        for knock in (start, come, scrape):
+            try:
+                knock()
+            except ValueError as error:
+                print(error)
+    """
+    wrong = {"DATADIVR_METRICS_TOKEN": ""}
+    ((status, output),) = run_each([(script, wrong)], tmp_path / "out")
+    assert status == 0, output
+    assert len(re.findall("^DATADIVR_METRICS_TOKEN: ", output, re.MULTILINE)) == 3, output
+
+
+def test_variables_that_a_host_loads_after_the_import_count(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("DATADIVR_CLIENT_TOKEN=let-me-in\n")
+    script = f"""
+        import datadivr
+        from dotenv import load_dotenv
+        from fastapi.testclient import TestClient
+        from starlette.testclient import WebSocketDenialResponse
+
+        load_dotenv({str(tmp_path / ".env")!r})
+        for headers in ({{}}, {{"Authorization": "Bearer let-me-in"}}):
+            try:
+                with TestClient(datadivr.app).websocket_connect("/ws", headers=headers):
+                    print("let in")
+            except WebSocketDenialResponse as refused:
+                print(refused.status_code)
+    """
+    variables = {"DATADIVR_LOG_LEVEL": "CRITICAL"}
+    assert run_each([(script, variables)], tmp_path / "out") == [(0, "401\nlet in\n")]
+
+
+# A host: at one of three places it configures its log. Its client brings three lines about.
+HOST = """
+    import contextlib, logging, logging.config, os, sys
+    import fastapi, structlog
+    from fastapi.testclient import TestClient
+
+    def configure():
+        {configure}
+
+    def at(place):
+        if place == {place!r}:
+            configure()
+
+    at("first")
+    import datadivr
+    at("last")
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_):
+        at("lifespan")
+        yield
+
+    app = fastapi.FastAPI(lifespan=lifespan)
+    app.include_router(datadivr.router)
+    with TestClient(app) as client:
+        at("started")
+        with client.websocket_connect("/ws") as session:
+            session.send_text("5")
+            session.receive_json()
+"""
+FORM = "HOST %(levelname)s %(name)s %(message)s"
+HANDLER = {"class": "logging.StreamHandler", "formatter": "form"}
+CONFIG = {"version": 1, "formatters": {"form": {"format": FORM}}, "handlers": {"h": HANDLER}}
+STANDARD = r"HOST (INFO|WARNING) datadivr (?P<event>\w+) \S+='.*"
+STRUCTURED = r"event='(?P<event>\w+)' \w+=.*"
+CONSOLE = r"\S+Z \[\w+ *\] (?P<event>\w+) +\w+=.*"
+JSON_LINE = r'\{.*"event": "(?P<event>\w+)".*\}'
+KEY_VALUE = 'processors=[structlog.processors.KeyValueRenderer(key_order=["event"])]'
+LOGGER_FACTORY = "logger_factory=structlog.stdlib.LoggerFactory()"
+LINES = {"client_connected", "invalid_message", "client_disconnected"}
+# What a host does, the form of each line then, and the lines.
+HOSTS: dict[str, tuple[str, str, set[str]]] = {
+    "nothing": ("pass", CONSOLE, LINES),
+    "nothing, in JSON": ("pass", JSON_LINE, LINES),
+    "basicConfig": (f"logging.basicConfig(format={FORM!r})", STANDARD, LINES),
+    "basicConfig, and DATADIVR_LOG_FORMAT in JSON": (
+        f"logging.basicConfig(format={FORM!r})",
+        STANDARD,
+        LINES,
+    ),
+    "a handler of the root": (
+        "handler = logging.StreamHandler(sys.stdout)\n"
+        f"        handler.setFormatter(logging.Formatter({FORM!r}))\n"
+        "        logging.getLogger().addHandler(handler)",
+        STANDARD,
+        LINES,
+    ),
+    "dictConfig": (
+        f"logging.config.dictConfig({CONFIG | {'root': {'handlers': ['h']}}})",
+        STANDARD,
+        LINES,
+    ),
+    "dictConfig of the logger alone": (
+        "logging.config.dictConfig("
+        f"{CONFIG | {'loggers': {'datadivr': {'handlers': ['h'], 'propagate': False}}}})",
+        STANDARD,
+        LINES,
+    ),
+    "dictConfig with a level": (
+        "logging.config.dictConfig("
+        f"{CONFIG | {'root': {'handlers': ['h']}, 'loggers': {'datadivr': {'level': 'ERROR'}}}})",
+        STANDARD,
+        set(),
+    ),
+    "structlog": (f"structlog.configure({KEY_VALUE})", STRUCTURED, LINES),
+    "structlog in logging": (
+        f"structlog.configure({KEY_VALUE}, {LOGGER_FACTORY})\n"
+        f"        logging.basicConfig(format={FORM!r}, level='INFO')",
+        r"HOST (INFO|WARNING) datadivr event='(?P<event>\w+)' .*",
+        LINES,
+    ),
+    "structlog in its console": (
+        "structlog.configure()",
+        r"\S+ \S+ \[\w+ *\] (?P<event>\w+) .*",
+        LINES,
+    ),
+}
+
+
+@pytest.mark.parametrize("place", ["first", "last", "lifespan", "started"])
+def test_each_line_comes_once_and_in_the_hosts_form_whenever_that_is_set(
+    tmp_path: Path, place: str
+) -> None:
+    scripts: list[tuple[str, dict[str, str]]] = []
+    for host, (code, *_) in HOSTS.items():
+        script = textwrap.dedent(HOST).format(configure=code.replace("\n    ", "\n"), place=place)
+        log_format = "json" if host.endswith("in JSON") else "console"
+        scripts.append((script, {"DATADIVR_LOG_FORMAT": log_format}))
+    outputs = run_each(scripts, tmp_path / "out")
+    for (host, (_, form, expected)), (status, output) in zip(HOSTS.items(), outputs, strict=True):
+        assert status == 0, output
+        matches = [re.fullmatch(form, line) for line in output.splitlines()]
+        events = [match["event"] if match else "a line of another form" for match in matches]
+        relevant = [event for event in events if event != "fanout_through_asgi"]
+        assert sorted(relevant) == sorted(expected), (host, output)
+
+
+def test_the_level_of_the_hosts_logger_counts_before_the_settings(
+    live: Live, connect: Connect, records: Records, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = connect()
+    levels = []
+    for level in (logging.ERROR, logging.DEBUG):
+        caplog.set_level(level, logger="datadivr")
+        records.all.clear()
+        for _ in range(2):  # the second within a minute is for DEBUG
+            client.send("5")
+            hear(client)
+        levels.append([record.levelname for record in records.all])
+    assert levels == [[], ["DEBUG", "DEBUG"]]
+
+
+def test_a_record_has_its_fields_and_a_line_in_plain_text(
+    live: Live, connect: Connect, records: Records
+) -> None:
+    client_id = id_of(connect())
+    ((record, fields),) = [
+        (record, vars(record)["datadivr"])
+        for record in records.all
+        if vars(record)["datadivr"]["event"] == "client_connected"
+    ]
+    assert (fields["client_id"], record.levelno) == (client_id, logging.INFO)
+    assert record.getMessage().startswith("client_connected ")
+    assert f"client_id='{client_id}'" in record.getMessage()
+
+
+# Whatever can write a line: a library's logger, warnings, asyncio twice, a route and a handler.
+NOISE = """
+    import asyncio, gc, logging, warnings
+    from datadivr import app, websocket_handler
+
+    async def fail():
+        raise RuntimeError("from a task")
+
+    @websocket_handler("noise")
+    async def noise(message):
+        logging.getLogger("shop").warning("from %s", "logging", exc_info=ValueError("of the shop"))
+        warnings.warn("from warnings")
+        task = asyncio.create_task(fail())
+        await asyncio.wait([task])
+        del task
+        gc.collect()
+        asyncio.get_running_loop().call_soon(lambda: {}["from a callback"])
+        raise KeyError("from a handler")
+
+    @app.get("/fail")
+    async def fail_too():
+        raise RuntimeError("from a route")
+"""
+
+
+def test_with_json_every_line_of_the_process_is_json_but_for_uvicorns_first_two(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "application.py").write_text(textwrap.dedent(NOISE))
+    command = SERVERS["uvicorn"]
+    with Process(*command, cwd=tmp_path, DATADIVR_LOG_FORMAT="json") as process:
+        process.wait_until_up()
+        with dial(f"ws://127.0.0.1:{process.port}/ws") as client:
+            ask(client, "noise")
+        assert http.get(f"http://127.0.0.1:{process.port}/fail").status_code == 500
+        process.stop()
+    first, second, *lines = process.log.splitlines()
+    assert first.startswith("INFO:")
+    assert second.startswith("INFO:")
+    entries = [json.loads(line) for line in lines]
+    assert {"event", "level", "timestamp"} <= set.intersection(*(set(entry) for entry in entries))
+    texts = "a task", "a callback", "a handler", "a route"
+    for text in ("from logging", "from warnings", "Application startup complete"):
+        assert sum(text in entry["event"] for entry in entries) == 1, text
+    for text in ("of the shop", *(f"from {text}" for text in texts)):
+        assert sum(text in entry.get("exception", "") for entry in entries) == 1, text
+
+
+# Sentry and others put their own in place of this method, and store what goes through it.
+OBSERVED = """
+    import logging
+    seen = []
+    call_handlers = logging.Logger.callHandlers
+
+    def observe(self, record):
+        seen.append(str(vars(record)))
+        call_handlers(self, record)
+
+    logging.Logger.callHandlers = observe
+    import os
+    import datadivr, fastapi, structlog
+    from fastapi.testclient import TestClient
+
+    del os.environ["DATADIVR_ADMIN_TOKEN"]
+    logging.getLogger("shop").error("observed")
+    app, path = {app}
+    with TestClient(app) as client:
+        assert client.get(path + "/clients").status_code == 401
+        with client.websocket_connect(path + "/ws"):
+            pass
+    assert "observed" in seen[0]
+    assert "admin_token_generated" not in "".join(seen)
+"""
+INCLUDED = "fastapi.FastAPI(), '/realtime'; app.include_router(datadivr.router, prefix=path)"
+
+
+def test_a_made_up_token_is_shown_once_with_the_consoles_path_and_is_in_no_record(
+    tmp_path: Path,
+) -> None:
+    apps = [
+        ("datadivr.app, ''", ""),
+        ("datadivr.app, ''", ""),
+        (INCLUDED, "/realtime"),
+        ("fastapi.FastAPI(), '/realtime'; app.mount(path, datadivr.app)", "/realtime"),
+        ("datadivr.app, ''; structlog.configure()", ""),
+        ("datadivr.app, ''; logging.basicConfig()", ""),
+        ("datadivr.app, ''; logging.disable()", ""),
+    ]
+    looks = itertools.cycle([("console", "CRITICAL"), ("json", "DEBUG")])
+    cases = [(*app, *look) for app, look in zip(apps, looks)]  # noqa: B905  # without an end
+    scripts = [
+        (
+            textwrap.dedent(OBSERVED).format(app=app),
+            {"DATADIVR_LOG_FORMAT": log_format, "DATADIVR_LOG_LEVEL": level},
+        )
+        for app, _, log_format, level in cases
+    ]
+    outputs = run_each(scripts, tmp_path / "out")
+    for (_, path, log_format, _), (status, output) in zip(cases, outputs, strict=True):
+        assert status == 0, output
+        (line,) = (line for line in output.splitlines() if "admin_token_generated" in line)
+        if log_format == "json":
+            console, token = json.loads(line)["console"], json.loads(line)["token"]
+        else:
+            (console,) = re.findall(r" console='?([^' ]+)", line)
+            (token,) = re.findall(r" token='?([^' ]+)", line)
+        assert console == f"{path}/console#token={token}"
+
+
+def test_a_failed_handler_is_an_error_with_its_exception_once_a_minute_and_event(
+    live: Live,
+    connect: Connect,
+    records: Records,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    caplog.set_level(logging.DEBUG, logger="datadivr")
+    observed: list[logging.LogRecord] = []
+    call_handlers = logging.Logger.callHandlers
+
+    def observe(self: logging.Logger, record: logging.LogRecord) -> None:
+        observed.append(record)
+        call_handlers(self, record)
+
+    monkeypatch.setattr(logging.Logger, "callHandlers", observe)
+    for name in ("one", "other"):
+
+        @datadivr.websocket_handler(name)
+        async def fail(message: WebSocketMessage, name: str = name) -> None:
+            raise LookupError(name)
+
+    client = connect()
+    for name in ("one", "one", "other"):
+        ask(client, name)
+    told = [record for record in records.all if record.getMessage().startswith("handler_error ")]
+    assert [record in observed for record in told] == [True] * 3
+    assert [record.levelname for record in told] == ["ERROR", "DEBUG", "ERROR"]
+    for record, name in zip(told, ("one", "one", "other"), strict=True):
+        if record.levelno == logging.ERROR:
+            assert record.exc_info is not None
+            assert repr(record.exc_info[1]) == f"LookupError('{name}')"
+        assert vars(record)["datadivr"]["event_name"] == name
+
+
+def test_a_line_about_a_client_names_its_user_where_that_is_known(
+    live: Live, connect: Connect, records: Records, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, logger="datadivr")
+
+    async def authorize(websocket: fastapi.WebSocket, user: str = "") -> None:
+        if user:
+            websocket.state.user = user
+
+    @datadivr.websocket_handler("fail")
+    async def fail(message: WebSocketMessage) -> None:
+        raise RuntimeError
+
+    datadivr.app.dependency_overrides[datadivr.authorize_client] = authorize
+    try:
+        for path in ("/ws?user=Ada", "/ws"):
+            client = connect(path)
+            client.send("5")
+            hear(client)
+            ask(client, "fail")
+            ask(client, "m", to="nobody")
+            client.close()
+            wait_until(lambda: not datadivr.clients, "its end")
+    finally:
+        datadivr.app.dependency_overrides.clear()
+    about = [*sorted(LINES), "handler_error", "unknown_recipient"]
+    users = [
+        [fields.get("user") for fields in records.named(name, logging.DEBUG)] for name in about
+    ]
+    assert users == [["Ada", None]] * len(about)
+
+
+WITH_KEYS = """
+    from datadivr import WebSocketMessage, app, clients, websocket_handler
+
+    @websocket_handler("$connect")
+    async def name(message):
+        clients[message.from_id].websocket.state.user = "user \\x1b[2J"
+
+    @websocket_handler("keys")
+    async def keys(message: WebSocketMessage[dict[str, int]]):
+        pass
+
+    @websocket_handler("fail")
+    async def fail(message):
+        raise RuntimeError(f"no such thing: {message.payload}")
+"""
+
+
+def test_nothing_that_is_logged_of_the_input_moves_the_cursor(tmp_path: Path) -> None:
+    (tmp_path / "application.py").write_text(textwrap.dedent(WITH_KEYS))
+    command = [*SERVERS["uvicorn"], "--log-level", "warning"]  # whose own lines are its own
+    with Process(*command, cwd=tmp_path) as process:
+        process.wait_until_up()
+        evil = "\x1b[2J\x9b2J\x85\rFORGED"
+        heads = [
+            UPGRADE.replace(b"/ws", b"/%1b[2J%c2%9b2J%0aFORGED"),
+            UPGRADE.replace(b"\r\n\r\n", b"\r\nOrigin: http://\x9b2J\r\n\r\n"),
+            UPGRADE.replace(b"\r\n\r\n", b"\r\nX-Forwarded-For: \x9b2J\x85\r\n\r\n"),
+        ]
+        for head in heads:
+            with socket.create_connection(("127.0.0.1", process.port), LIMIT) as client:
+                client.sendall(head)
+                assert client.recv(12).startswith(b"HTTP/1.1 ")
+        with dial(f"ws://127.0.0.1:{process.port}/ws") as talker:
+            ask(talker, "keys", payload={evil: "x"})
+            ask(talker, "fail", payload=evil)
+            ask(talker, "m", to=evil)
+        wait_until(lambda: process.log.count("client_disconnected") == 2, "all lines")
+        process.stop()
+    for event in ("no_such_path", "origin_refused", "invalid_payload", "handler_error"):
+        assert event in process.log
+    assert process.log.count("2J") > 6
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]|^FORGED", process.log, re.MULTILINE)
+
+
+def test_a_handler_that_holds_up_the_loop_is_named_once_with_the_seconds(
+    live: Live, connect: Connect, records: Records
+) -> None:
+    @datadivr.websocket_handler("sleep")
+    async def sleep(message: WebSocketMessage) -> None:
+        time.sleep(3)  # noqa: ASYNC251  # the fault that is noticed
+
+    say(connect(), "sleep")
+    wait_until(lambda: records.named("loop_blocked"), "the warning")
+    ((told),) = records.named("loop_blocked")
+    assert 1.5 < told["seconds"] < 6
+
+
+def test_several_workers_without_redis_each_say_what_they_need() -> None:
+    command = ["-m", "uvicorn", "datadivr:app", "--port", "{port}", "--workers", "2"]
+    with Process(*command) as process:
+        process.wait_until_up()
+        wait_until(lambda: process.log.count("processes_are_apart") >= 2, "both warnings")
+        process.stop()
+    lines = [line for line in process.log.splitlines() if "processes_are_apart" in line]
+    assert ["DATADIVR_REDIS_URL" in line for line in lines] == [True, True]
+
+
+RELOADED = """
+    import uvicorn
+
+    if __name__ == "__main__":  # as `fastapi dev` does
+        uvicorn.run("datadivr:app", port={port}, reload=True)
+"""
+
+
+def test_one_process_that_is_watched_by_another_is_not_several(tmp_path: Path) -> None:
+    port = free_port()
+    (tmp_path / "serve.py").write_text(textwrap.dedent(RELOADED).format(port=port))
+    with Process("serve.py", cwd=tmp_path, port=port) as process:
+        process.wait_until_up()
+        with dial(f"ws://127.0.0.1:{process.port}/ws") as client:
+            client_id = id_of(client)
+        wait_until(lambda: client_id in process.log, "a line")
+        assert "processes_are_apart" not in process.log
+
+
+def test_workers_are_told_by_the_environment_too(tmp_path: Path) -> None:
+    script = """
+        import datadivr
+        from fastapi.testclient import TestClient
+        with TestClient(datadivr.app):
+            pass
+    """
+    redis_url = f"redis://127.0.0.1:{free_port()}"
+    cases: list[tuple[dict[str, str], int]] = [({}, 0), ({"WEB_CONCURRENCY": "1"}, 0)]
+    cases += [({"WEB_CONCURRENCY": "4"}, 1), ({"SERVER_SOFTWARE": "gunicorn/23.0.0"}, 1)]
+    cases += [({"WEB_CONCURRENCY": "4", "DATADIVR_REDIS_URL": redis_url}, 0)]
+    outputs = run_each([(script, variables) for variables, _ in cases], tmp_path / "out")
+    for (_, expected), (status, output) in zip(cases, outputs, strict=True):
+        assert (status, output.count("processes_are_apart")) == (0, expected), output
+
+
+def test_two_copies_that_both_serve_are_named_once(tmp_path: Path) -> None:
+    (tmp_path / "shop").mkdir()
+    for path in ("datadivr.py", "shop/realtime.py"):
+        (tmp_path / path).write_text((ROOT / "datadivr.py").read_text())
+    script = """
+        import sys; sys.path.insert(0, "")
+        import datadivr, shop.realtime
+        from fastapi.testclient import TestClient
+        for app in APPS:
+            with TestClient(app) as client:
+                for _ in range(2):
+                    with client.websocket_connect("/ws") as session:
+                        session.send_json({"event_name": "whoami"})
+                        session.receive_json()
+    """
+    cases = {"datadivr.app,": 0, "shop.realtime.app,": 0, "datadivr.app, shop.realtime.app": 1}
+    outputs = run_each(
+        [(script.replace("APPS", f"({apps})"), {}) for apps in cases], tmp_path / "out", tmp_path
+    )
+    for expected, (status, output) in zip(cases.values(), outputs, strict=True):
+        assert (status, output.count("served_twice")) == (0, expected), output
+
+
+def test_a_handler_that_took_anothers_place_is_named_for_debug(tmp_path: Path) -> None:
+    script = """
+        import datadivr
+        from fastapi.testclient import TestClient
+
+        for number in range(2):
+            @datadivr.websocket_handler("chat")
+            async def chat(message):
+                pass
+
+        @datadivr.websocket_handler("once")
+        async def once(message):
+            pass
+
+        with TestClient(datadivr.app):
+            pass
+    """
+    cases = [{"DATADIVR_LOG_LEVEL": level} for level in ("DEBUG", "INFO")]
+    (debug, told), (info, silent) = run_each([(script, case) for case in cases], tmp_path / "out")
+    assert (debug, info) == (0, 0), told + silent
+    (line,) = (line for line in told.splitlines() if "handler_replaced" in line)
+    assert re.search(r"event_name='?chat\b", line)
+    assert "handler_replaced" not in silent
+
+
 mark_section("settings")
 
 
@@ -1103,6 +1680,176 @@ def test_a_message_that_grows_beyond_the_limit_is_not_relayed(
     text = "It would go out with more than 10000 bytes (DATADIVR_MAX_MESSAGE_BYTES): dropped."
     assert hear(sender) == error(sender_id, "message_too_big", text, "m")
     assert ask(receiver, "whoami")["event_name"] == "whoami"  # and nothing before it
+
+
+def test_nothing_that_is_relayed_exceeds_the_limit(
+    connect: Connect, live: Live, configure: Callable[..., None]
+) -> None:
+    configure(max_message_bytes=1000)
+    sender, receiver = connect(), connect()
+    sender_id = id_of(sender)
+    sender.send('{"event_name":"m","payload":""}')
+    empty = len(receiver.recv(timeout=LIMIT))
+    largest = 1000 + empty - len('{"event_name":"m","payload":""}')  # that may come in
+    for length in (1000, 1001, largest):
+        sender.send('{"event_name":"m","payload":"%s"}' % ("x" * (length - empty)))
+    assert len(receiver.recv(timeout=LIMIT)) == 1000
+    for _ in range(2):
+        told = hear(sender)
+        assert told["payload"]["code"] == "message_too_big"
+        assert told["to"] == sender_id
+        assert "DATADIVR_MAX_MESSAGE_BYTES" in told["message"]
+    assert ask(receiver, "whoami")["event_name"] == "whoami"  # and nothing before it
+
+
+def test_what_a_handler_makes_of_a_message_is_not_limited(
+    connect: Connect, live: Live, configure: Callable[..., None]
+) -> None:
+    configure(max_message_bytes=1000)
+
+    @datadivr.websocket_handler("img")
+    async def img(message: WebSocketMessage) -> WebSocketMessage:
+        return WebSocketMessage(event_name="thumb", payload="x" * 2000, from_id=message.from_id)
+
+    sender, receiver = connect(), connect()
+    id_of(receiver)
+    say(sender, "img")
+    assert (heard := hear(receiver))["payload"] == "x" * 2000
+    assert heard["from_id"] == id_of(sender)  # whose answer is the first that it gets
+
+
+class Table:
+    """What numpy's arrays and scalars and pandas' Series have in common."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def tolist(self) -> Any:
+        return self.value
+
+
+@pytest.mark.parametrize("kind", ["broadcast", "an answer"])
+def test_a_payload_with_arrays_goes_out_as_lists(
+    connect: Connect, live: Live, registry: None, kind: str
+) -> None:
+    payload = {
+        "array": array.array("d", [0.5, 2]),
+        "rows": [{"scalar": Table(7)}, Table([array.array("b", [1]), Table(None)])],
+    }
+
+    @datadivr.websocket_handler("table")
+    async def table(message: WebSocketMessage) -> WebSocketMessage | None:
+        told = datadivr.create_message("table", payload, message.from_id)
+        if kind == "an answer":
+            return told
+        await datadivr.broadcast(told)
+        return None
+
+    expected = {"array": [0.5, 2.0], "rows": [{"scalar": 7}, [[1], None]]}
+    assert ask(connect(), "table")["payload"] == expected
+
+
+class Endless:
+    def tolist(self) -> Any:
+        return [self]
+
+
+@pytest.mark.parametrize(
+    ("payload", "place", "kind"),
+    [
+        (object(), "payload", "object"),
+        ({"rows": [1, 2, 3, object()]}, "payload.rows.3", "object"),
+        ([{"a": 1}, {"b": (0, {"c": int})}], "payload.1.b.1.c", "type"),
+        ({"rows": [Table([0, object()])]}, "payload.rows.0", "object"),
+    ],
+)
+def test_what_cannot_be_encoded_is_named_with_its_place_and_type(
+    live: Live, records: Records, payload: Any, place: str, kind: str
+) -> None:
+    message = WebSocketMessage(event_name="x", payload=payload)
+    failed = datadivr._errors_total.labels("handler_error")
+    before = failed._value.get()
+    with pytest.raises(PydanticSerializationError) as told:
+        asyncio.run(datadivr.broadcast(message))
+    assert re.search(rf"{re.escape(place)}(\.\d)?\b.*\b{kind}\b", str(told.value))
+    ((fields),) = records.named("broadcast_failed")
+    assert place in str(fields)
+    assert failed._value.get() - before == 1
+
+
+def test_a_list_that_holds_itself_fails_and_nothing_else_does(connect: Connect, live: Live) -> None:
+    @datadivr.websocket_handler("endless")
+    async def endless(message: WebSocketMessage) -> WebSocketMessage:
+        return datadivr.create_message("endless", Endless(), message.from_id)
+
+    client = connect()
+    assert ask(client, "endless")["payload"]["code"] == "handler_error"
+    assert id_of(client)
+
+
+def test_the_log_says_where_in_a_handlers_answer_it_went_wrong(
+    connect: Connect, live: Live, records: Records
+) -> None:
+    @datadivr.websocket_handler("rows")
+    async def rows(message: WebSocketMessage) -> WebSocketMessage:
+        return datadivr.create_message("rows", {"rows": [0, object()]}, message.from_id)
+
+    assert ask(connect(), "rows")["payload"]["code"] == "handler_error"
+    (record,) = (record for record in records.all if record.exc_info)
+    assert record.exc_info is not None
+    assert re.search(r"payload\.rows\.1\b.*\bobject\b", str(record.exc_info[1]))
+
+
+@pytest.mark.parametrize("message", [{"event_name": "x"}, "x", None])
+def test_a_broadcast_of_something_else_says_what_it_takes(live: Live, message: Any) -> None:
+    with pytest.raises(TypeError, match=rf"WebSocketMessage.*\b{type(message).__name__}\b"):
+        asyncio.run(datadivr.broadcast(message))
+
+
+class Priced(WebSocketMessage):
+    price: int = 0
+
+
+class Renamed(WebSocketMessage):
+    """Has no field of its own, but other defaults."""
+
+    event_name: str = "renamed"
+    payload: Any = 1
+
+
+@pytest.mark.parametrize("kind", ["broadcast", "an answer"])
+def test_a_field_of_ones_own_does_not_vanish_silently(
+    connect: Connect, live: Live, records: Records, kind: str
+) -> None:
+    @datadivr.websocket_handler("price")
+    async def price(message: WebSocketMessage) -> WebSocketMessage | None:
+        answer = Priced(event_name="price", price=5, to=message.from_id)
+        if kind == "an answer":
+            return answer
+        await datadivr.broadcast(answer)
+        return None
+
+    assert ask(connect(), "price")["payload"]["code"] == "handler_error"
+    texts = [str(record.exc_info[1]) for record in records.all if record.exc_info]
+    assert [re.findall(r"\b(?:Priced|price|payload)\b", text) != [] for text in texts] == [True]
+    assert "payload" in texts[0]
+
+
+def test_a_subclass_without_fields_of_its_own_goes_out(connect: Connect, live: Live) -> None:
+    class Typed(WebSocketMessage[Point]): ...
+
+    @datadivr.websocket_handler("subclasses")
+    async def subclasses(message: WebSocketMessage) -> WebSocketMessage:
+        await datadivr.broadcast(Renamed(to="all"))
+        return Typed(event_name="typed", payload=Point(x=3), to="all")
+
+    client = connect()
+    say(client, "subclasses")
+    heard = [hear(client) for _ in range(2)]
+    assert [(message["event_name"], message["payload"]) for message in heard] == [
+        ("renamed", 1),
+        ("typed", {"x": 3, "when": None}),
+    ]
 
 
 mark_section("messages")
@@ -1686,6 +2433,136 @@ def test_whatever_events_clients_make_up_the_default_handler_has_one_series_and_
     assert not [name for name in metrics(live.port) if "made-up" in name]
     levels = [entry["log_level"] for entry in logged if entry["event"] == "handler_error"]
     assert levels == ["error", "debug", "debug", "debug", "debug"]
+
+
+def test_a_registration_for_one_side_leaves_none_of_one_for_both(registry: None) -> None:
+    async def old(message: WebSocketMessage) -> None: ...
+
+    async def new(message: WebSocketMessage) -> None: ...
+
+    datadivr.websocket_handler("event", HandlerType.BOTH)(old)
+    datadivr.websocket_handler("event")(new)
+    found = [datadivr.get_handlers(kind).get("event") for kind in HandlerType]
+    assert dict(zip(HandlerType, found, strict=True)) == {
+        HandlerType.SERVER: new,
+        HandlerType.CLIENT: None,
+        HandlerType.BOTH: None,
+    }
+
+
+class Greeter:
+    async def greet(self, greeting: str, message: WebSocketMessage) -> WebSocketMessage:
+        return datadivr.create_message("greeting", greeting, message.from_id)
+
+
+async def greet(greeting: str, message: WebSocketMessage) -> WebSocketMessage:
+    return await Greeter().greet(greeting, message)
+
+
+@pytest.mark.parametrize(
+    "handler",
+    [
+        functools.partial(greet, "hello"),
+        functools.partial(Greeter().greet, "hello"),
+        functools.partial(functools.partial(greet), "hello"),
+    ],
+)
+def test_a_partial_of_a_coroutine_function_waits_for_no_thread(
+    registry: None, handler: Callable[..., Any]
+) -> None:
+    datadivr.websocket_handler("greet")(handler)
+    blocked, over = threading.Event(), threading.Event()
+
+    @datadivr.websocket_handler("block")
+    def block(message: WebSocketMessage) -> None:
+        blocked.set()
+        over.wait(LIMIT)
+
+    async def main() -> Any:
+        anyio.to_thread.current_default_thread_limiter().total_tokens = 1
+        blocker = asyncio.create_task(handled("block", None))
+        try:
+            await asyncio.to_thread(blocked.wait, LIMIT)
+            answer = await asyncio.wait_for(
+                handled("greet", None), LIMIT / 5
+            )  # as no thread is free
+        finally:
+            over.set()
+            await blocker
+        return answer
+
+    assert asyncio.run(main()).payload == "hello"
+
+
+async def fail_in_a_task() -> None:
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(asyncio.sleep(LIMIT))
+        tasks.create_task(handled("fail", None))
+        await asyncio.sleep(LIMIT)
+
+
+def test_a_task_that_fails_in_a_handler_is_its_handlers_error(connect: Connect, live: Live) -> None:
+    @datadivr.websocket_handler("fail")
+    async def fail(message: WebSocketMessage) -> None:
+        raise RuntimeError
+
+    @datadivr.websocket_handler("tasks")
+    @datadivr.websocket_handler("$connect")
+    async def tasks(message: WebSocketMessage) -> None:
+        await fail_in_a_task()
+
+    @datadivr.websocket_handler("cancelled")
+    async def cancelled(message: WebSocketMessage) -> None:
+        task = asyncio.create_task(asyncio.sleep(LIMIT))
+        task.cancel()
+        await task
+
+    client = connect()
+    assert hear(client)["message"] == "The handler of '$connect' failed."
+    for name in ("tasks", "cancelled", "tasks"):
+        told = ask(client, name)
+        assert told["payload"]["code"] == "handler_error"
+        assert told["message"] == f"The handler of '{name}' failed."
+    assert id_of(client)
+
+
+@pytest.mark.parametrize("kind", ["coroutine", "plain"])
+def test_a_handler_that_exits_ends_neither_the_server_nor_its_connection(
+    connect: Connect, registry: None, kind: str
+) -> None:
+    def leave(message: WebSocketMessage) -> None:
+        if message.payload == "argparse":
+            argparse.ArgumentParser().parse_args(["--unknown"])
+        sys.exit(message.payload)
+
+    async def leave_in_loop(message: WebSocketMessage) -> None:
+        leave(message)
+
+    datadivr.websocket_handler("leave")(leave if kind == "plain" else leave_in_loop)
+    datadivr.websocket_handler("$connect")(leave if kind == "plain" else leave_in_loop)
+    with Live() as live, dial(f"ws://127.0.0.1:{live.port}/ws") as client:
+        assert hear(client)["message"] == "The handler of '$connect' failed."
+        before = metrics(live.port)['errors_total{type="handler_error"}']
+        for payload in (None, 3, "argparse"):
+            told = ask(client, "leave", payload=payload)
+            assert told["payload"]["code"] == "handler_error"
+        assert id_of(client)
+        assert metrics(live.port)['errors_total{type="handler_error"}'] == before + 3
+
+
+def test_an_http_exception_of_a_handler_is_an_answer_without_a_traceback(
+    connect: Connect, live: Live, records: Records
+) -> None:
+    @datadivr.websocket_handler("refuse")
+    async def refuse(message: WebSocketMessage) -> None:
+        raise fastapi.HTTPException(403, "Admins alone may do this.")
+
+    client = connect()
+    told = ask(client, "refuse")
+    assert (told["event_name"], told["payload"]["code"]) == ("error", "refused")
+    assert told["message"] == "Admins alone may do this."
+    assert id_of(client)
+    assert [record for record in records.all if record.exc_info] == []
 
 
 mark_section("handlers")
@@ -2354,6 +3231,184 @@ def test_a_client_that_floods_is_gone_soon_after_it_was_disconnected(
         assert b"\x03\xf0Disconnected by an administrator" in bytes(heard)
 
 
+class WrappedReceive:
+    """A middleware that wraps `receive`, as OpenTelemetry's does."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def watched() -> Any:
+            return await receive()
+
+        await self.app(scope, watched, send)
+
+
+def test_behind_a_wrapper_the_stop_is_the_reason_and_the_wrapper_is_named(
+    registry: None, ended: Callable[[], dict[str, float]], records: Records
+) -> None:
+    reasons = []
+
+    @datadivr.websocket_handler("$disconnect")
+    async def went(message: WebSocketMessage) -> None:
+        reasons.append(message.payload)
+
+    with contextlib.ExitStack() as afterwards, Live(WrappedReceive(datadivr.app)) as live:
+        client = afterwards.enter_context(dial(f"ws://127.0.0.1:{live.port}/ws"))
+        id_of(client)
+    assert ended() == {"server_stop": 1}
+    assert reasons == ["server_stop"]
+    (line,) = records.named("client_disconnected", logging.INFO)
+    assert line["reason"] == "server_stop"
+    (line,) = records.named("fanout_through_asgi")
+    assert __name__ in line.values()
+
+
+def test_behind_a_wrapper_a_client_that_closes_is_the_reason(
+    ended: Callable[[], dict[str, float]],
+) -> None:
+    with Live(WrappedReceive(datadivr.app)) as live:
+        with dial(f"ws://127.0.0.1:{live.port}/ws") as client:
+            id_of(client)
+        wait_until(lambda: ended() == {"client": 1}, "its end")
+
+
+@needs_sansio
+def test_a_fault_while_a_connection_is_set_up_costs_speed_alone(records: Records) -> None:
+    class Transport:
+        def __init__(self, transport: asyncio.Transport) -> None:
+            self._transport = transport
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._transport, name)
+
+        def set_write_buffer_limits(self, *limits: int) -> None:
+            raise RuntimeError("not here")
+
+    class Protocol(AutoWebSocketsProtocol):  # type: ignore[misc, valid-type]
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(Transport(transport))
+
+    with Live(ws=Protocol) as live, dial(f"ws://127.0.0.1:{live.port}/ws") as client:
+        assert ask(client, "m", to="all")["event_name"] == "m"
+        assert len(records.named("fanout_through_asgi")) == 1
+
+
+def uvicorns_parts() -> Any:
+    """Make what a connection needs of uvicorn, its transport and websockets."""
+    conn = ["close_sent", "close_rcvd_then_sent", "max_message_size", "send_close", "data_to_send"]
+    transport = [name for name in dir(asyncio.Transport) if not name.startswith("_")]
+    return types.SimpleNamespace(
+        receive=None,
+        read_paused=False,
+        writable=asyncio.Event(),
+        close_sent=False,
+        shutdown=None,
+        handshake_complete=True,
+        conn=types.SimpleNamespace(**dict.fromkeys(conn), extensions=()),
+        transport=types.SimpleNamespace(**dict.fromkeys(transport, print)),
+    )
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["conn.close_sent", "conn.close_rcvd_then_sent", "conn.send_close", "transport.abort"],
+)
+def test_what_is_missing_is_missed_before_anything_is_changed(name: str) -> None:
+    protocol = uvicorns_parts()
+    owner, attribute = name.split(".")
+    delattr(getattr(protocol, owner), attribute)
+    limits: list[int] = []
+    protocol.transport.set_write_buffer_limits = lambda *given: limits.extend(given)
+    before = set(vars(protocol))
+    with pytest.raises(AttributeError, match=attribute):
+        datadivr._UvicornConnection(protocol)
+    assert set(vars(protocol)) == before
+    assert limits == []
+
+
+def test_older_websockets_name_the_limit_otherwise() -> None:
+    protocol = uvicorns_parts()
+    del protocol.conn.max_message_size
+    protocol.conn.max_size = 1 << 24  # as of websockets 13 to 15
+    datadivr._UvicornConnection(protocol)
+    assert protocol.conn.max_size == 1 << 20
+
+
+def test_uvicorns_legacy_protocol_drops_a_client_that_does_not_read_without_a_traceback(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "application.py").write_text(textwrap.dedent(APPLICATION))
+    command = [*SERVERS["uvicorn"], "--ws", "websockets"]
+    with Process(*command, cwd=tmp_path, DATADIVR_MAX_BUFFER_BYTES="1000000") as process:
+        process.wait_until_up()
+        with raw_client(process.port, buffer=4096) as stalled:
+            own_id(stalled)
+            url = f"http://127.0.0.1:{process.port}"
+            fill = {"event_name": "fill", "payload": "x" * 900_000}
+
+            def drops() -> bool:
+                assert http.post(f"{url}/messages", headers=ADMIN, json=fill).status_code == 202
+                return total(process.port) == 0
+
+            wait_until(drops, "it to be dropped")
+        process.stop()
+    assert "Traceback" not in process.log
+
+
+@needs_sansio
+@pytest.mark.parametrize("how", ["client", "admin"])
+def test_a_websocket_is_disconnected_in_the_end(connect: Connect, live: Live, how: str) -> None:
+    kept = []
+
+    @datadivr.websocket_handler("keep")
+    async def keep(message: WebSocketMessage) -> WebSocketMessage:
+        kept.append(datadivr.clients[message.from_id].websocket)
+        return datadivr.create_message("kept", None, message.from_id)
+
+    client = connect()
+    client_id = ask(client, "keep")["to"]
+    (websocket,) = kept
+    assert websocket.client_state is WebSocketState.CONNECTED
+    if how == "admin":
+        http.delete(f"http://127.0.0.1:{live.port}/clients/{client_id}", headers=ADMIN)
+    client.close()
+    wait_until(lambda: websocket.client_state is WebSocketState.DISCONNECTED, "its end")
+
+
+def read_to_the_end(client: socket.socket) -> bytes:
+    heard = b""
+    with contextlib.suppress(ConnectionError):
+        while data := client.recv(1 << 16):
+            heard += data
+    return heard
+
+
+@pytest.mark.parametrize("whose", ["its own", "another's"])
+def test_no_data_follows_a_close_frame_of_a_handlers(
+    connect: Connect, live: Live, whose: str
+) -> None:
+    @datadivr.websocket_handler("close")
+    async def close(message: WebSocketMessage) -> WebSocketMessage:
+        await datadivr.clients[message.payload].websocket.close(4000, "bye")
+        return datadivr.create_message("closed", None, "all")
+
+    talker = connect()
+    with raw_client(live.port) as client:  # which does not answer the close frame yet
+        client_id = own_id(client)
+        closing = json.dumps({"event_name": "close", "payload": client_id})
+        if whose == "its own":
+            client.sendall(masked(closing))
+        else:
+            talker.send(closing)
+        assert hear(talker)["event_name"] == "closed"
+        for number in range(50):
+            assert ask(talker, "m", payload=number, to="all")["payload"] == number
+        client.sendall(b"\x88\x82" + bytes(4) + struct.pack("!H", 4000))
+        frames = list(unframe(read_to_the_end(client)))
+    assert frames == [(0x88, struct.pack("!H", 4000) + b"bye")]
+
+
 mark_section("connections")
 
 
@@ -2840,6 +3895,218 @@ def test_a_broadcast_in_a_process_without_a_server_says_so() -> None:
     """)
     assert "broadcast_to_nobody" in log
     assert "POST /messages" in log
+
+
+def in_a_thread(function: Callable[..., Any], *args: Any) -> Any:
+    """Await what a function returns, in an event loop of a thread's own."""
+
+    async def call() -> Any:
+        return await function(*args)
+
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, asyncio.wait_for(call(), LIMIT)).result(LIMIT)
+
+
+def test_a_broadcast_from_any_thread_reaches_the_servers_clients(
+    connect: Connect, server: Process
+) -> None:
+    client = connect()
+    id_of(client)
+    for _ in range(3):
+        assert http.post(f"http://127.0.0.1:{server.port}/tell_from_a_thread").json() == 1
+    assert [message["payload"] for message in hear_all(client)] == [2, 2, 2]
+
+
+def test_what_is_called_from_another_loop_answers_as_in_the_servers(
+    connect: Connect, live: Live
+) -> None:
+    client, other = connect(), connect()
+    client_id = id_of(client)
+    assert in_a_thread(datadivr.broadcast, datadivr.create_message("news", 1, "all")) == 2
+    assert in_a_thread(datadivr.broadcast, datadivr.create_message("news", 2, client_id)) == 1
+    assert [hear(client)["payload"] for _ in range(2)] == [1, 2]
+    with pytest.raises(PydanticSerializationError):
+        in_a_thread(datadivr.broadcast, datadivr.create_message("news", object(), "all"))
+    with pytest.raises(fastapi.HTTPException) as refused:
+        in_a_thread(datadivr.disconnect_client, f"{client_id[:-1]}!")
+    assert refused.value.status_code == 404
+    in_a_thread(datadivr.disconnect_client, client_id)
+    assert close_code(client) == 1008
+    assert hear(other)["payload"] == 1
+    assert id_of(other)
+
+
+def test_a_call_from_another_loop_while_nobody_is_connected_moves_nothing(
+    connect: Connect, live: Live
+) -> None:
+    for _ in range(2):
+        assert in_a_thread(datadivr.broadcast, datadivr.create_message("news", 1, "all")) == 0
+    client = connect()
+    say(client, "m", to="all")
+    assert hear(client)["event_name"] == "m"
+    assert in_a_thread(datadivr.broadcast, datadivr.create_message("news", 1, "all")) == 1
+    assert [message["event_name"] for message in hear_all(client)] == ["news"]
+
+
+def test_where_no_server_runs_a_call_says_so_and_comes_back(tmp_path: Path) -> None:
+    script = """
+        import asyncio
+        import datadivr
+        from fastapi.testclient import TestClient
+
+        BEFORE
+        news = datadivr.create_message("news", None, "all")
+        print(asyncio.run(asyncio.wait_for(datadivr.broadcast(news), 5)))
+        try:
+            asyncio.run(asyncio.wait_for(datadivr.disconnect_client("x"), 5))
+        except Exception as error:
+            print(error.status_code, error.detail)
+    """
+    befores = ["", "with TestClient(datadivr.app): pass"]
+    outputs = run_each([(script.replace("BEFORE", code), {}) for code in befores], tmp_path / "out")
+    for status, output in outputs:
+        assert status == 0, output
+        *lines, count, refusal = output.splitlines()
+        (line,) = (line for line in lines if "broadcast_to_nobody" in line)
+        assert "POST /messages" in line
+        assert count == "0"
+        assert refusal == "503 No server runs in this process."
+
+
+def test_who_reads_a_message_larger_than_the_buffer_is_not_dropped_for_it(
+    connect: Connect, live: Live, configure: Callable[..., None]
+) -> None:
+    configure(max_buffer_bytes=100_000)
+    talker = connect()
+    with raw_client(live.port, buffer=4096) as reader:
+        reader_id = own_id(reader)
+        client = datadivr.clients[reader_id]
+
+        def send(size: int) -> None:
+            in_a_thread(datadivr.broadcast, datadivr.create_message("big", "x" * size, reader_id))
+
+        send(12_000_000)
+        assert client.buffered_bytes > 1_000_000
+        read = marks = 0
+        while marks < 20:
+            if read > 600_000 * (marks + 1):
+                marks += 1
+                say(talker, "m", to=reader_id)
+                assert hear_all(talker) == []  # such as an error, since nobody has that id
+            read += len(reader.recv(1 << 16))
+        assert datadivr.clients.get(reader_id) is client  # and nobody has told it to go
+        while read < 12_000_000 + 20 * 50:
+            read += len(reader.recv(1 << 16))
+        send(12_000_000)  # which it does not read
+        for _ in range(2):
+            send(1_000_000)
+        wait_until(lambda: reader_id not in datadivr.clients, "its end")
+
+
+def test_a_buffer_smaller_than_a_message_is_named_at_the_start(tmp_path: Path) -> None:
+    script = """
+        import datadivr
+        from fastapi.testclient import TestClient
+        with TestClient(datadivr.app):
+            pass
+    """
+    cases: list[dict[str, str]] = [{}, {"DATADIVR_MAX_BUFFER_BYTES": "1000"}]
+    cases += [{"DATADIVR_MAX_MESSAGE_BYTES": "9999999"}]
+    outputs = run_each([(script, case) for case in cases], tmp_path / "out")
+    for case, (status, output) in zip(cases, outputs, strict=True):
+        assert status == 0, output
+        lines = [line for line in output.splitlines() if "small_buffer" in line]
+        assert len(lines) == bool(case)
+        for name in ("DATADIVR_MAX_BUFFER_BYTES", "DATADIVR_MAX_MESSAGE_BYTES") if case else ():
+            assert name in lines[0]
+
+
+def test_a_slow_client_is_named_once_with_the_setting_that_decides(
+    live: Live, records: Records, configure: Callable[..., None]
+) -> None:
+    configure(max_buffer_bytes=100_000)
+    with raw_client(live.port, buffer=4096) as stalled:
+        own_id(stalled)
+        for _ in range(20):
+            in_a_thread(datadivr.broadcast, datadivr.create_message("fill", "x" * 900_000, "all"))
+        wait_until(lambda: not datadivr.clients, "it to be dropped")
+        ((told),) = records.named("slow_client_dropped", logging.DEBUG)
+        assert "DATADIVR_MAX_BUFFER_BYTES" in str(told)
+
+
+def test_who_was_disconnected_is_not_dropped_as_slow_too(
+    live: Live,
+    ended: Callable[[], dict[str, float]],
+    records: Records,
+    configure: Callable[..., None],
+) -> None:
+    configure(max_buffer_bytes=100_000)
+
+    @datadivr.websocket_handler("leave")
+    async def leave(message: WebSocketMessage) -> None:
+        fill = datadivr.create_message("fill", "x" * 9_000_000, message.from_id)
+        await datadivr.broadcast(fill)
+        await datadivr.disconnect_client(message.from_id)
+
+    with raw_client(live.port, buffer=4096) as stalled:
+        own_id(stalled)
+        stalled.sendall(masked('{"event_name": "leave"}'))
+        with contextlib.suppress(OSError):
+            for _ in range(500):
+                stalled.sendall(masked('{"event_name": "m"}') * 20)
+        wait_until(lambda: not live.server.server_state.connections, "its end")
+    assert records.named("slow_client_dropped", logging.DEBUG) == []
+    assert ended() == {"admin": 1}
+
+
+def test_who_leaves_before_its_own_answer_makes_no_error(
+    connect: Connect, live: Live, records: Records
+) -> None:
+    began, over, ended = threading.Event(), threading.Event(), threading.Event()
+
+    @datadivr.websocket_handler("slow")
+    async def slow(message: WebSocketMessage) -> WebSocketMessage:
+        began.set()
+        await asyncio.to_thread(over.wait, LIMIT)
+        return datadivr.create_message("slow", None, message.from_id)
+
+    @datadivr.websocket_handler("$disconnect")
+    async def went(message: WebSocketMessage) -> None:
+        ended.set()
+
+    name = 'errors_total{type="unknown_recipient"}'
+    before = metrics(live.port)[name]
+    client = connect()
+    client_id = id_of(client)
+    say(client, "slow")
+    assert began.wait(LIMIT)
+    http.delete(f"http://127.0.0.1:{live.port}/clients/{client_id}", headers=ADMIN)
+    over.set()
+    assert ended.wait(LIMIT)
+    with dial(f"ws://127.0.0.1:{live.port}/ws", **UNBOUNDED) as hasty:
+        for _ in range(200):
+            say(hasty, "whoami")
+    wait_until(lambda: not datadivr.clients, "its end")
+    assert metrics(live.port)[name] == before
+    assert records.named("unknown_recipient", logging.DEBUG) == []
+    ask(connect(), "m", to=client_id)  # somebody else who has left
+    assert metrics(live.port)[name] == before + 1
+
+
+def test_ids_compare_without_case(connect: Connect, server: Process) -> None:
+    sender, receiver = connect(), connect()
+    client_id = id_of(receiver).upper()
+    say(sender, "m", to=client_id)
+    assert hear(receiver)["event_name"] == "m"
+    url = f"http://127.0.0.1:{server.port}"
+    news = {"event_name": "news", "to": client_id}
+    answer = http.post(f"{url}/messages", headers=ADMIN, json=news).json()
+    assert answer == {"recipients": 1, "partial": False}
+    assert hear(receiver)["event_name"] == "news"
+    assert http.get(f"{url}/clients/{client_id}", headers=ADMIN).json()["id"] == client_id.lower()
+    assert http.delete(f"{url}/clients/{client_id}", headers=ADMIN).status_code == 204
+    with pytest.raises(ConnectionClosed):
+        receiver.recv(timeout=LIMIT)
 
 
 mark_section("fanout")
@@ -3356,6 +4623,124 @@ def test_metrics_are_not_for_a_name_that_points_to_loopback(
         assert http.get(url, headers={"Host": host}).status_code == status
 
 
+def test_a_disconnect_handler_finds_its_client_in_each_way_that_asks_for_it(
+    connect: Connect, live: Live
+) -> None:
+    found = []
+
+    @datadivr.websocket_handler("$disconnect")
+    async def went(message: WebSocketMessage) -> None:
+        client_id, clients = message.from_id, datadivr.clients
+        is_same = clients.get(client_id) is clients[client_id] is clients.get(client_id, None)
+        found.append((is_same, client_id in clients, client_id in list(clients), len(clients)))
+
+    client = connect()
+    id_of(client)
+    client.close()
+    wait_until(lambda: found, "its end")
+    assert found == [(True, False, False, 0)]
+    assert datadivr.clients.get("nobody") is None
+    default: Any = "default"
+    assert datadivr.clients.get("nobody", default) == "default"
+
+
+@pytest.mark.parametrize(
+    ("authorization", "offered", "status"),
+    [
+        ("Bearer of-the-proxy", "let-me-in", None),
+        ("Bearer let-me-in", "of-the-page", None),
+        ("Basic bGV0LW1lLWlu", "let-me-in", None),
+        ("Bearer of-the-proxy", "of-the-page", 401),
+    ],
+)
+def test_a_token_may_be_the_headers_or_the_subprotocols(
+    configure: Callable[..., None], authorization: str, offered: str, status: int | None
+) -> None:
+    configure(client_token="let-me-in")
+    assert refusal({"Authorization": authorization}, ["bearer", offered]) == status
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_refusal_is_a_close_where_a_server_takes_nothing_else(
+    configure: Callable[..., None], monkeypatch: pytest.MonkeyPatch, changed: bool
+) -> None:
+    configure(client_token="let-me-in")
+    if changed:  # FastAPI's own stack serves
+        monkeypatch.setattr(datadivr.app, "user_middleware", [Middleware(WrappedReceive)])
+        monkeypatch.setattr(datadivr.app, "middleware_stack", None)
+
+    async def without_extensions(scope: Any, receive: Any, send: Any) -> None:
+        scope.pop("extensions", None)  # as Daphne, and any server of before 2023
+        await datadivr.app(scope, receive, send)
+
+    with (
+        pytest.raises(WebSocketDisconnect) as refused,
+        TestClient(without_extensions).websocket_connect("/ws"),
+    ):
+        pass
+    assert not isinstance(refused.value, WebSocketDenialResponse)
+
+
+DOOR = """
+    import datadivr
+    from fastapi.testclient import TestClient
+
+    async def at_address(scope, receive, send):
+        address = {address!r}
+        scope["server"] = (address, None if address.startswith("/") else 8000)
+        await datadivr.app(scope, receive, send)
+
+    async def authorize():
+        pass
+
+    if {overridden}:
+        datadivr.app.dependency_overrides[datadivr.authorize_client] = authorize
+    for _ in range(2):
+        with TestClient(at_address).websocket_connect("/ws", subprotocols=["bearer", "let-me-in"]):
+            pass
+"""
+
+
+def test_a_server_that_anybody_can_reach_and_enter_is_told_so_once(tmp_path: Path) -> None:
+    public = "192.0.2.7", "2001:db8::7", "::ffff:192.0.2.7"
+    private = "127.0.0.1", "127.9.9.9", "::1", "::ffff:127.0.0.1", "/run/datadivr.sock"
+    cases: list[tuple[str, dict[str, str], int]] = [(address, {}, 1) for address in public]
+    cases += [(address, {}, 0) for address in private]
+    cases += [("192.0.2.7", {"DATADIVR_CLIENT_TOKEN": "let-me-in"}, 0)]
+    cases += [("192.0.2.7", {"DATADIVR_ALLOWED_ORIGINS": "https://a.example"}, 0)]
+    cases += [("192.0.2.7", {"OVERRIDDEN": "by a log-in of its own"}, 0)]
+    scripts = [
+        (textwrap.dedent(DOOR).format(address=address, overridden="OVERRIDDEN" in values), values)
+        for address, values, _ in cases
+    ]
+    outputs = run_each(scripts, tmp_path / "out")
+    for case, (status, output) in zip(cases, outputs, strict=True):
+        assert (status, output.count("open_to_the_network")) == (0, case[-1]), (case, output)
+
+
+def test_what_a_hosts_own_authorization_refuses_is_counted_and_logged_once_a_minute(
+    live: Live, connect: Connect, records: Records
+) -> None:
+    async def authorize(status: int) -> None:
+        raise fastapi.HTTPException(status, "Not you.")
+
+    datadivr.app.dependency_overrides[datadivr.authorize_client] = authorize
+    before = metrics(live.port)
+    try:
+        for status in (401, 403) * 2:
+            with pytest.raises(InvalidStatus) as refused:
+                connect(f"/ws?status={status}")
+            assert refused.value.response.status_code == status
+            assert json.loads(refused.value.response.body or b"") == {"detail": "Not you."}
+    finally:
+        datadivr.app.dependency_overrides.clear()
+    after = metrics(live.port)
+    for code in ("unauthorized", "forbidden"):
+        series = f'errors_total{{type="{code}"}}'
+        assert after[series] - before[series] == 2
+        assert len(records.named(code)) == 1
+
+
 mark_section("endpoint")
 
 
@@ -3769,6 +5154,12 @@ def test_wrong_admin_tokens_are_counted_apart_and_logged(
     assert [entry["event"] for entry in logged] == ["admin_unauthorized"]
 
 
+def test_a_body_over_the_limit_is_told_which_setting_decides(api: httpx.Client) -> None:
+    answer = api.post("/messages", content=b"x" * (1 << 20) + b"x")
+    assert answer.status_code == 413
+    assert "DATADIVR_MAX_MESSAGE_BYTES" in answer.json()["detail"]
+
+
 mark_section("admin")
 
 
@@ -3952,6 +5343,47 @@ def test_a_wrong_path_is_logged_once_a_minute(
             connect("/wss")
     told = [entry["log_level"] for entry in logged if entry["event"] == "no_such_path"]
     assert told == ["warning", "debug"]
+
+
+async def let_in() -> None: ...
+
+
+def included() -> fastapi.FastAPI:
+    host = fastapi.FastAPI(title="shop")
+    host.include_router(datadivr.router)
+    return host
+
+
+def mounting() -> fastapi.FastAPI:
+    host = fastapi.FastAPI(title="shop")
+    host.mount("/", datadivr.app)
+    return host
+
+
+@pytest.mark.parametrize(
+    ("make", "overridden", "serving"),
+    [
+        (included, "datadivr's", "shop"),
+        (included, "the host's", None),
+        (mounting, "the host's", "datadivr"),
+        (mounting, "datadivr's", None),
+    ],
+)
+def test_an_override_of_an_application_that_does_not_serve_is_named_once(
+    records: Records, make: Callable[[], fastapi.FastAPI], overridden: str, serving: str | None
+) -> None:
+    host = make()
+    app = host if overridden == "the host's" else datadivr.app
+    app.dependency_overrides[datadivr.authorize_client] = let_in
+    try:
+        with TestClient(host) as client:
+            for _ in range(2):
+                with client.websocket_connect("/ws"):
+                    pass
+    finally:
+        datadivr.app.dependency_overrides.clear()
+    told = [fields["serving"] for fields in records.named("override_not_used")]
+    assert [str(serving) in str(name) for name in told] == [True] * (serving is not None)
 
 
 mark_section("application")
@@ -4709,6 +6141,222 @@ def test_messages_to_made_up_clients_of_a_node_share_a_publish(
         assert hear(here)["payload"]["code"] == "unknown_recipient"
     after = redis_client.info("commandstats")["cmdstat_publish"]["calls"]
     assert after - before < 200  # 200 there and 200 back, if each took its own
+
+
+def test_calls_from_another_loop_leave_one_subscription(cluster: Cluster) -> None:
+    server, one, two = cluster
+    wait_until(lambda: not one.ids() | two.ids(), "the last test's clients to go")
+    for _ in range(3):
+        assert one.api.post("/tell_from_a_thread").json() == 0
+    with dial_node(one) as here, dial_node(two) as there:
+        id_of(here), id_of(there)
+        say(there, "m", to="all")
+        assert hear(here)["event_name"] == hear(there)["event_name"] == "m"
+        assert one.api.post("/tell_from_a_thread").json() == 1
+        assert [hear(client)["payload"] for client in (here, there)] == [2, 2]
+        for node in (one, two):
+            page = node.api.get("/clients").json()
+            assert (page["total"], len(page["clients"]), page["partial"]) == (2, 2, False)
+        assert [hear_all(client) for client in (here, there)] == [[], []]  # nothing came twice
+    assert server.client.pubsub_numsub("datadivr:0:all") == [(b"datadivr:0:all", 2)]
+
+
+def test_ids_compare_without_case_on_other_nodes_too(pair: Pair, cluster: Cluster) -> None:
+    here, there = pair
+    client_id = id_of(there).upper()
+    say(here, "m", to=client_id)
+    assert hear(there)["event_name"] == "m"
+    assert cluster[1].api.get(f"/clients/{client_id}").json()["id"] == client_id.lower()
+
+
+def test_a_pattern_subscriber_beside_them_is_not_taken_for_a_node(
+    pair: Pair, cluster: Cluster
+) -> None:
+    server, one, _ = cluster
+    here, there = pair
+    ids = {id_of(here), id_of(there)}
+    nowhere = "ffffffff-0000-8000-8000-000000000000"
+    with server.client.pubsub() as watcher:  # type: ignore[no-untyped-call]
+        watcher.psubscribe("*")
+        assert watcher.get_message(timeout=LIMIT)
+        start = time.monotonic()
+        page = one.api.get("/clients").json()
+        assert ({client["id"] for client in page["clients"]}, page["partial"]) == (ids, False)
+        assert one.api.get(f"/clients/{nowhere}").status_code == 404
+        answer = one.api.post("/messages", json={"event_name": "news"}).json()
+        assert answer == {"recipients": 2, "partial": False}
+        assert time.monotonic() - start < 1  # what one of them would wait for the watcher's answer
+        assert hear(here)["event_name"] == "news"
+        assert ask(here, "m", to=nowhere)["payload"]["code"] == "unknown_recipient"
+
+
+def published(client: Any) -> int:
+    """Return how often anybody has published to a Redis."""
+    return int(client.info("commandstats").get("cmdstat_publish", {"calls": 0})["calls"])
+
+
+def test_a_redis_that_could_not_save_is_up_as_long_as_it_publishes(tmp_path: Path) -> None:
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    with RedisServer("--save", "3600", "1", "--dir", str(folder)) as server:
+        folder.rmdir()
+        server.client.bgsave()
+        wait_until(
+            lambda: server.client.info("persistence")["rdb_last_bgsave_status"] == "err",
+            "the save to fail",
+        )
+        with pytest.raises(redis.ResponseError, match="MISCONF"):
+            server.client.execute_command("PING")  # type: ignore[no-untyped-call]
+        with Node(server.url) as one, Node(server.url) as two:
+            before = published(server.client)
+            wait_until(lambda: published(server.client) >= before + 8, "four probes of each")
+            with dial_node(one) as here, dial_node(two) as there:
+                id_of(there)
+                say(here, "m")
+                assert hear(there)["event_name"] == "m"
+            for node in (one, two):
+                assert joins(node.log) == (0, 1)
+                assert node.redis_errors == 0
+
+
+class Forgetful:
+    """A NAT before a Redis: who is silent for longer than a second is forgotten without a word."""
+
+    def __init__(self, port: int) -> None:
+        self.redis_port = port
+        self.forgotten = 0
+        self.loop = asyncio.new_event_loop()
+        self.thread = threading.Thread(target=self.loop.run_forever)
+        self.thread.start()
+        listening = asyncio.run_coroutine_threadsafe(self.listen(), self.loop)
+        self.port = listening.result(LIMIT)
+
+    async def listen(self) -> int:
+        self.server = await asyncio.start_server(self.forward, "127.0.0.1", 0)
+        return int(self.server.sockets[0].getsockname()[1])
+
+    async def forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        pairs = (reader, writer), await asyncio.open_connection("127.0.0.1", self.redis_port)
+        heard = time.monotonic()
+
+        async def copy(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+            nonlocal heard
+            while data := await source.read(1 << 16):
+                if time.monotonic() - heard > 2:
+                    self.forgotten += 1
+                    heard = -math.inf
+                    continue
+                heard = time.monotonic()
+                target.write(data)
+
+        (here, out), (there, back) = pairs
+        with contextlib.suppress(ConnectionError):
+            await asyncio.wait(
+                [asyncio.create_task(copy(here, back)), asyncio.create_task(copy(there, out))],
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+        for end in (out, back):
+            end.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        async def stop() -> None:
+            self.server.close()
+            others = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in others:
+                task.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
+
+        asyncio.run_coroutine_threadsafe(stop(), self.loop).result(LIMIT)
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join(LIMIT)
+        self.loop.close()
+
+
+def test_a_connection_that_is_forgotten_where_it_is_silent_loses_nothing() -> None:
+    with (
+        RedisServer() as server,
+        Forgetful(server.port) as nat,
+        Node(f"redis://127.0.0.1:{nat.port}") as one,
+        Node(server.url) as two,
+        dial_node(one) as here,
+        dial_node(two) as there,
+    ):
+        ids = {id_of(here), id_of(there)}
+        start = time.monotonic()
+        wait_until(lambda: time.monotonic() - start > 3, "more than a silence", pause=0.5)
+        for number in range(10):
+            say(here, "n", payload=number)
+        assert [hear(there)["payload"] for _ in range(10)] == list(range(10))
+        say(there, "n", payload=10)
+        assert hear(here)["payload"] == 10
+        page = one.api.get("/clients").json()
+        assert ({client["id"] for client in page["clients"]}, page["partial"]) == (ids, False)
+        assert one.redis_errors == 0
+        assert joins(one.log) == (0, 1)
+
+
+def test_a_sentinel_is_refused_with_a_sentence(tmp_path: Path) -> None:
+    port = free_port()
+    (tmp_path / "sentinel.conf").write_text(f"port {port}\n")
+    command = [find("redis-server"), str(tmp_path / "sentinel.conf"), "--sentinel"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=tmp_path) as sentinel:
+        try:
+            with socket.socket() as probe:
+                wait_until(lambda: not probe.connect_ex(("127.0.0.1", port)), "the sentinel")
+            with Node(f"redis://127.0.0.1:{port}") as node:
+                wait_until(lambda: "redis_lost" in node.log, "the loss")
+                assert not node.joined
+                (line,) = (line for line in node.log.splitlines() if "redis_lost" in line)
+        finally:
+            sentinel.terminate()
+    assert "KeyError" not in line
+    assert re.search("sentinel", line, re.IGNORECASE)
+
+
+def test_a_password_that_was_changed_is_told_by_a_sentence() -> None:
+    with (
+        RedisServer("--requirepass", "hunter2") as server,
+        redis.Redis(port=server.port, password="hunter2") as admin,
+        Node(server.url.replace("//", "//:hunter2@")) as node,
+    ):
+        assert node.joined
+        admin.config_set("requirepass", "another-word")
+        admin.client_kill_filter(skipme=True)
+        wait_until(lambda: "DATADIVR_REDIS_URL" in node.log, "the sentence")
+        assert "redis_lost" in node.log
+        assert not node.joined
+        assert "hunter2" not in node.log
+
+
+def test_the_cluster_is_left_though_a_hosts_lifespan_fails_at_the_stop(cluster: Cluster) -> None:
+    script = """
+        import asyncio, contextlib
+        import datadivr, fastapi
+
+        @contextlib.asynccontextmanager
+        async def lifespan(_):
+            yield
+            raise LookupError("the host's")
+
+        host = fastapi.FastAPI()
+        host.include_router(datadivr.router)
+        host.include_router(fastapi.APIRouter(lifespan=lifespan))
+
+        async def main():
+            before = asyncio.all_tasks()
+            try:
+                async with host.router.lifespan_context(host):
+                    print(asyncio.all_tasks() > before)
+            except LookupError as error:
+                print(error, asyncio.all_tasks() == before)
+
+        asyncio.run(asyncio.wait_for(main(), 10))
+    """
+    variables = {"DATADIVR_REDIS_URL": cluster[0].url, "DATADIVR_LOG_LEVEL": "ERROR"}
+    assert log_of(script, **variables) == "True\nthe host's True\n"
 
 
 mark_section("cluster")
