@@ -1556,7 +1556,7 @@ async def authorize_client(websocket: WebSocket) -> None:
 def _warn_of_open_door(websocket: WebSocket) -> None:
     """Warn where everybody in a network may come in."""
     settings = _settings()
-    is_closed = settings.client_token is not None or settings.allowed_origins
+    is_closed = settings.client_token is not None or bool(settings.allowed_origins)
     with suppress(ValueError):  # the server's address is none: a socket's path, or a test's
         ipaddress.ip_address((websocket.scope.get("server") or ("",))[0])
         overrides = getattr(websocket.scope.get("app"), "dependency_overrides", {})
