@@ -74,7 +74,7 @@ from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histo
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.multiprocess import MultiProcessCollector
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, TypeAdapter, ValidationError
-from pydantic_core import PydanticSerializationError, Url, from_json
+from pydantic_core import PydanticSerializationError, Url
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect, HTTPConnection
 from starlette.responses import HTMLResponse, PlainTextResponse
@@ -910,8 +910,9 @@ def _open_connection(websocket: WebSocket) -> _UvicornConnection | _AsgiConnecti
         server = type(protocol).__module__ if protocol is not None else receive.__module__
         hint = "full speed needs uvicorn's default WebSocket protocol, and its `receive` unwrapped"
         _warn("fanout_through_asgi", server=server, error=repr(error), hint=hint)
-    with suppress(Exception):  # what uvicorn's protocol for wsproto has, too
-        _UvicornConnection.pause_reading_while_unsent(protocol)
+    if hasattr(protocol, "writable") and hasattr(protocol, "read_paused"):  # --ws wsproto
+        with suppress(Exception):
+            _UvicornConnection.pause_reading_while_unsent(protocol)
     return _AsgiConnection(websocket, protocol)
 
 
@@ -1066,7 +1067,7 @@ class _Batch:
         return b"".join(parts), count
 
     def _share(self, framing: _Framing, heard: frozenset[str]) -> _Shared:
-        rooms = heard.intersection(self.places)  # others may hear the same of these
+        rooms = frozenset(room for room in heard if room in self.places)  # as others may hear
         shared = self._shared.get((framing, rooms))
         if shared is None:
             if framing not in self._frames:
@@ -1161,6 +1162,8 @@ class _Hub:
         if room not in client.heard:
             if room in self.batch.places:
                 self.flush()  # what was published before it came is not for it
+            if client.removed_because:  # by the flush
+                return
             self.rooms.setdefault(room, set()).add(client)
             client.heard |= {room}
             _rooms_gauge.set(len(self.rooms))
@@ -1695,8 +1698,8 @@ def _exceeds_rate(client: Client, data: str | bytes) -> bool:
 def _read_about(data: str | bytes) -> WebSocketMessage:
     """Read the event and the id of what may be no message, as far as they are right."""
     about = WebSocketMessage.model_construct(event_name="", id=None)
-    with suppress(ValueError):  # it is no JSON
-        found = from_json(data)
+    with suppress(ValueError, RecursionError):  # it is no JSON
+        found = json.loads(data)  # which takes lone surrogates, as pydantic does not
         for name, adapter in (("event_name", _event_name), ("id", _message_id)):
             with suppress(ValidationError, TypeError, KeyError):
                 setattr(about, name, adapter.validate_python(found[name]))
@@ -1714,7 +1717,7 @@ async def _handle(client: Client, message: WebSocketMessage) -> None:
         if answer is handled and answer.to == to:
             _relay(client, answer)
         else:
-            _answer(client, message, answer)
+            _answer(client, handled, answer)
     except asyncio.CancelledError as error:
         if client.task.cancelling() > cancelled_before:
             raise  # it is this connection that is cancelled, not what the handler awaited
@@ -1763,14 +1766,13 @@ def _answer(client: Client, message: WebSocketMessage, answer: WebSocketMessage 
     """Send what a handler returned, and see that a message with an id has one answer with it."""
     question = message.id
     is_answered = question is None
-    if answer is not None:
-        if (
-            question is not None
-            and answer.to.lower() == client.id
-            and answer.id in (None, question)
-        ):
+    if answer is not None and question is not None:
+        if answer.to.lower() == client.id and answer.id in (None, question):
             answer = answer.model_copy(update={"id": question})
             is_answered = True
+        elif answer is message:  # the handler sends it on to somebody else
+            answer = answer.model_copy(update={"id": None})
+    if answer is not None:
         _send(answer, client, client.id)
     if not is_answered:
         _send(create_message("ok", None, client.id, id=question))
@@ -1917,7 +1919,7 @@ _FIND_REFUSALS: dict[int | str, Any] = {404: _DETAIL, 503: _DETAIL}
 _PageSize = Annotated[int, Query(ge=1, le=1000)]
 _OPENMETRICS = {"application/openmetrics-text": {"schema": {"type": "string"}}}
 _After = Annotated[str, Query(pattern=r"^([0-9T:.-]{26}Z[0-9a-f-]{36})?$")]
-_RoomName = Annotated[str, AfterValidator(_check_room)]
+_RoomName = Annotated[str, Field(pattern=r"^[^\s\x00-\x1f\x7f-\x9f/#]{1,100}$")]
 
 _admin = APIRouter(
     lifespan=_show_admin_token,
@@ -2060,28 +2062,30 @@ async def _get_client_js(request: Request) -> Response:
     text = _files["client.js"]
     etag = f'"{hashlib.sha256(text.encode()).hexdigest()[:16]}"'
     headers = {"ETag": etag, "Cache-Control": "no-cache", "Access-Control-Allow-Origin": "*"}
-    if etag in request.headers.get("if-none-match", ""):
+    if etag in request.headers.get("if-none-match", ""):  # a list, of which some begin with W/
         return Response(status_code=304, headers=headers)
     return Response(text, media_type="text/javascript", headers=headers)
+
+
+def _hash_of(tag: str) -> str:
+    """Return the hash by which a Content-Security-Policy allows an element of the page."""
+    text = _files["console.html"].partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
 @router.api_route("/console/", methods=["GET", "HEAD"], include_in_schema=False)
 @router.api_route("/console", methods=["GET", "HEAD"], include_in_schema=False)
 async def _get_console() -> HTMLResponse:
     """Serve the console: a page without data, which uses nothing but this API and its token."""
-    page = _files["console.html"]
-    sources = []
-    for tag in ("script", "style"):
-        text = page.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
-        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-        sources.append(f"{tag}-src 'sha256-{digest}'")
     policy = (
-        f"default-src 'none'; {'; '.join(sources)}; img-src data:; connect-src 'self'; "
+        # 'self' is for client.js, which the page imports.
+        f"default-src 'none'; script-src 'self' {_hash_of('script')}; "
+        f"style-src {_hash_of('style')}; img-src data:; connect-src 'self'; "
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
         "require-trusted-types-for 'script'; trusted-types 'none'"
     )
     headers = {"Content-Security-Policy": policy, "Cache-Control": "no-cache"}
-    return HTMLResponse(page, headers=headers)
+    return HTMLResponse(_files["console.html"], headers=headers)
 
 
 router.include_router(_admin)
@@ -2462,133 +2466,144 @@ def main() -> None:
 # ---- The browser's client ------------------------------------------------------------------------
 
 _files["client.js"] = r"""/**
- * @typedef {{ event_name: string, payload: any, to: string, from_id: string, message: string | null, id?: number | string }} Message
+ * Connect to the server, and again whenever the connection is lost, until `close()` is called or
+ * the server closes the connection with 1008, as an administrator does. `url` is the server's
+ * `/ws`, where that is not beside this file. `ask` rejects with an error whose `code` is the
+ * server's, `timeout`, `lost` or `closed`; it drops an answer that comes too late.
+ * @typedef {{ event_name: string, payload: any, to: string, from_id: string,
+ *   message: string | null, id?: number | string }} Message
+ * @typedef {{ to?: string, message?: string | null, id?: number | string }} Fields
+ * @typedef {Fields & { timeout?: number }} Question `timeout` is in milliseconds
  * @typedef {"connecting" | "open" | "refused" | "closed"} State
- * @param {{ token?: string, url?: string | URL, onmessage?: (message: Message) => void, onstate?: (state: State, reason: string) => void }} [options]
+ * @param {{ token?: string | null, onmessage?: (message: Message) => void, url?: string | URL,
+ *   onstate?: (state: State, reason: string) => void }} [options]
  */
-export function connect(options = {}) {
-  const { token, url = new URL("ws", import.meta.url), onmessage, onstate } = options;
-  const address = String(url).replace(/^http/, "ws");
-  /** @type {Map<number | string, { resolve: (message: Message) => void, reject: (error: Error) => void }>} */
-  const questions = new Map();
-  /** @type {WebSocket} */
-  let socket;
-  /** @type {State} */
-  let state = "closed";
-  let failures = 0; // since it was open
-  let refusals = 0; // of these, how many while the server answered
-  let heardAt = 0;
-  let lastId = 0;
-  let timer = 0;
-
-  /** @param {State} next */
-  function show(next, reason = "") {
-    state = next;
-    call(onstate, next, reason);
-  }
+export function connect({ token, onmessage, onstate, url = "ws" } = {}) {
+  const address = new URL(url, import.meta.url).href.replace(/^http/, "ws");
+  /** @type {Map<unknown, { to?: string, resolve: Function, reject: Function }>} */
+  const questions = new Map(); // by id; one that timed out stays, for its late answer
+  let state = /** @type {State} */ ("connecting");
+  let socket = /** @type {WebSocket | undefined} */ (undefined); // undefined between attempts
+  let timer = 0; // for the next attempt, or for what takes too long
+  let failures = 0; // since the last open connection
+  let refusals = 0; // failed attempts in a row while the server was healthy
 
   function open() {
-    clearTimeout(timer);
-    show("connecting");
+    if (socket) return; // an event came while there was no need to hurry
     socket = new WebSocket(address, token ? ["bearer", token] : []);
     socket.onopen = () => {
       failures = refusals = 0;
-      heard();
+      schedule(probe, 20000);
       show("open");
     };
-    socket.onmessage = ({ data }) => {
-      heard();
-      const message = JSON.parse(data);
-      const question = questions.get(message.id);
-      if (!question) return call(onmessage, message);
-      questions.delete(message.id);
-      if (message.event_name !== "error") return question.resolve(message);
-      question.reject(Object.assign(new Error(message.message), message.payload));
-    };
-    socket.onclose = lose;
-    socket.onerror = () => state === "connecting" && lose({ code: 1006, reason: "" }); // Node's
+    socket.onmessage = (event) => receive(event).catch(() => {}); // it was not a message
+    socket.onclose = ({ code, reason }) => (code === 1008 ? close(reason) : lose(reason));
+    socket.onerror = () => state !== "open" && lose(""); // Node: a failed attempt has no `close`
+    schedule(lose, 20000);
   }
 
-  function heard() {
-    heardAt = Date.now();
-    clearTimeout(timer);
-    timer = setTimeout(probe, 20000);
+  async function receive(/** @type {MessageEvent} */ { data }) {
+    schedule(probe, 20000);
+    const message = JSON.parse(data);
+    const { event_name, payload, message: text, from_id, id } = message;
+    const question = questions.get(id);
+    if (question && (from_id === "server" || from_id === question.to)) {
+      questions.delete(id);
+      if (event_name !== "error") question.resolve(message);
+      else question.reject(failure(payload?.code ?? "error", text ?? "It failed.", payload));
+    } else if (typeof event_name === "string") call(onmessage, message);
   }
 
   function probe() {
-    if (Date.now() - heardAt > 29000) return lose({ code: 1006, reason: "silent" });
-    socket.send('{"event_name": "whoami"}');
-    timer = setTimeout(probe, 10000);
+    schedule(lose, 10000);
+    ask("whoami").catch(() => {}); // any message in this time shows that the server is there
   }
 
-  /** @param {{ code: number, reason: string }} event */
-  async function lose({ code, reason }) {
-    clearTimeout(timer);
-    const wasOpen = state === "open";
-    socket.onopen = socket.onmessage = socket.onclose = socket.onerror = null;
-    socket.close();
-    for (const { reject } of questions.values()) reject(new Error("The connection was lost."));
-    questions.clear();
+  function lose(reason = "The server does not answer.") {
+    drop("lost", "The connection was lost. The server may have acted.");
+    const seconds = Math.min(20, 2 ** failures) * (0.5 + Math.random()); // 30 at most
     failures += 1;
-    show("connecting", reason);
-    if (!wasOpen && (await answers())) refusals += 1;
-    if (state === "closed") return;
-    if (code === 1008 || refusals === 3) return show("refused", reason);
-    const seconds = Math.min(30, 2 ** (failures - 1)) * (0.5 + Math.random());
-    timer = setTimeout(open, seconds * 1000);
+    schedule(open, seconds * 1000);
+    if (state === "open") show("connecting", reason);
+    else countRefusal();
   }
 
-  async function answers() {
-    const health = new URL("healthz", address.replace("ws", "http"));
-    return fetch(health, { signal: AbortSignal.timeout(5000) }).then(
-      ({ ok }) => ok,
-      () => false,
-    );
-  }
-
-  function hurry() {
-    if (state === "connecting" && socket.readyState === WebSocket.CLOSED) open();
-    else if (state === "open" && Date.now() - heardAt > 20000) probe();
-  }
-
-  /** @param {string} event_name @param {any} [payload] @param {{ to?: string, message?: string, id?: number | string }} [rest] */
-  function send(event_name, payload = null, rest = {}) {
-    if (state !== "open") throw new Error("There is no connection.");
-    socket.send(JSON.stringify({ event_name, payload, ...rest }));
-  }
-
-  /** @param {string} event_name @param {any} [payload] @returns {Promise<Message>} */
-  function ask(event_name, payload = null, timeout = 10000) {
-    return new Promise((resolve, reject) => {
-      const id = (lastId += 1);
-      send(event_name, payload, { id });
-      questions.set(id, { resolve, reject });
-      const late = () => questions.delete(id) && reject(new Error("There was no answer in time."));
-      setTimeout(late, timeout);
-    });
-  }
-
-  function close() {
-    show("closed");
-    globalThis.removeEventListener?.("online", hurry);
+  function drop(/** @type {string} */ code, /** @type {string} */ text) {
     clearTimeout(timer);
-    socket.onclose = null;
-    socket.close();
+    if (socket) socket.onopen = socket.onmessage = socket.onclose = socket.onerror = null;
+    socket?.close(); // takes minutes where nobody answers: it is not waited for
+    socket = undefined;
+    for (const { reject } of questions.values()) reject(failure(code, text));
+    questions.clear();
   }
 
-  globalThis.addEventListener?.("online", hurry);
-  globalThis.document?.addEventListener("visibilitychange", hurry);
+  async function countRefusal() {
+    const pause = timer;
+    const health = new URL("healthz", address.replace("ws", "http")); // a page is not told why
+    const asked = fetch(health, { signal: AbortSignal.timeout(5000) });
+    const answer = await asked.then((response) => response.ok && response.json()).catch(() => null);
+    if (timer !== pause || state === "closed") return; // the next attempt has begun
+    refusals = answer?.status === "ok" ? refusals + 1 : 0;
+    if (refusals < 3) return show("connecting", "The server does not answer.");
+    schedule(open, 30000);
+    show("refused", "The server refuses the connection.");
+  }
+
+  /** @type {(event_name: string, payload?: any, fields?: Fields) => void} */
+  function send(event_name, payload = null, fields = {}) {
+    if (state !== "open") throw failure("closed", "The connection is not open.");
+    try {
+      socket?.send(JSON.stringify({ event_name, payload, ...fields }));
+    } catch (error) {
+      throw failure("invalid_message", `${error}`);
+    }
+  }
+
+  /** @type {(event_name: string, payload?: any, question?: Question) => Promise<Message>} */
+  async function ask(event_name, payload, { timeout = 10000, ...fields } = {}) {
+    const id = crypto.getRandomValues(new Uint32Array(4)).join("-");
+    send(event_name, payload, { ...fields, id });
+    let late = 0;
+    const answer = new Promise((resolve, reject) => {
+      questions.set(id, { to: fields.to, resolve, reject });
+      late = setTimeout(reject, timeout, failure("timeout", "No answer came in time."));
+    });
+    return answer.finally(() => clearTimeout(late));
+  }
+
+  function close(reason = "") {
+    drop("closed", "The client is closed.");
+    globalThis.removeEventListener?.("online", open);
+    globalThis.document?.removeEventListener("visibilitychange", look);
+    show("closed", reason);
+  }
+
+  function schedule(/** @type {() => void} */ job, /** @type {number} */ milliseconds) {
+    clearTimeout(timer);
+    timer = setTimeout(job, milliseconds);
+  }
+
+  function show(/** @type {State} */ next, reason = "") {
+    if (state === next) return;
+    state = next;
+    call(onstate, state, reason);
+  }
+
   open();
-  return { send, ask, close };
+  const look = () => document.hidden || open();
+  globalThis.addEventListener?.("online", open);
+  globalThis.document?.addEventListener("visibilitychange", look);
+  queueMicrotask(() => state === "connecting" && call(onstate, state, "")); // after connect()
+  return { send, ask, close: () => close() };
 }
 
-/** @param {Function | undefined} callback @param {any[]} values */
-function call(callback, ...values) {
-  try {
-    callback?.(...values);
-  } catch (error) {
-    globalThis.reportError ? reportError(error) : console.error(error);
-  }
+function failure(/** @type {string} */ code, /** @type {string} */ text, payload = null) {
+  return Object.assign(new Error(text), { code, payload });
+}
+
+function call(/** @type {Function | undefined} */ callback, /** @type {any[]} */ ...values) {
+  const called = new Promise((resolve) => resolve(callback?.(...values)));
+  called.catch(globalThis.reportError ?? console.error); // an async function's error, too
 }
 """
 
@@ -2603,161 +2618,219 @@ _files["console.html"] = r"""<!doctype html>
   <style>
     :root {
       color-scheme: light dark;
-      --line: light-dark(#7f8e95, #62757d);
+      --card: light-dark(#fff, #15191c);
+      --line: light-dark(#dfe4e8, #2b3238);
       --accent: light-dark(#0b6a73, #5ccdd4);
-      --bad: light-dark(#b3261e, #ff9389);
-      --space: 1rem;
-      font-family: system-ui, sans-serif;
     }
-    :where(figure, h1, h2, p, ul) {
+    :where(:not(summary, dialog)) {
+      box-sizing: border-box;
       padding: 0;
+      border-collapse: collapse;
       margin: 0;
-      list-style: inside;
+      font: inherit;
+      list-style: none;
+      overflow-wrap: anywhere;
+      vector-effect: non-scaling-stroke;
     }
-    :is(.signed-in #login, body:not(.signed-in) .private) {
+    :is(.signed-in #login, body:not(.signed-in) .private),
+    :is(dialog:not([open]), ul:empty, :is(table:has(td), ul:has(li)) + p) {
       display: none;
     }
     body {
-      max-width: 80rem;
-      padding: 0 var(--space) var(--space);
+      max-width: 90rem;
+      padding: 0 1rem 1rem;
       margin: auto;
+      color: light-dark(#1a2025, #e7ebed);
+      font: 0.875rem/1.5 system-ui;
+      font-variant-numeric: tabular-nums;
     }
-    :where(header, main, form, search) {
-      display: grid;
-      grid-template-columns: repeat(auto-fit, minmax(min(17rem, 100%), 1fr));
-      gap: var(--space);
+    :where(header, .bar, .axis, figcaption) {
+      display: flex;
+      flex-wrap: wrap;
+      align-items: center;
+      justify-content: space-between;
+      gap: 0.25rem 0.75rem;
+    }
+    :is(header > h1, .bar > :first-child, figcaption > strong) {
+      flex: auto;
     }
     header {
       position: sticky;
       top: 0;
-      grid-template-columns: 1fr auto;
-      padding: 0.5rem 0;
-      background: Canvas;
+      padding: 0.75rem 0;
     }
-    :is(h1, label, button, nav) {
-      align-self: end;
+    :where(main, .card) {
+      display: grid;
+      grid-template-columns: repeat(auto-fill, minmax(min(17.5rem, 100%), 1fr));
+      align-content: start;
+      align-items: end;
+      gap: 0.75rem;
     }
-    .whole {
-      grid-column: 1 / -1;
-    }
-    :where(.card, input, button) {
-      box-sizing: border-box;
-      padding: 0.75rem var(--space);
+    .card {
+      align-self: stretch;
+      padding: 1rem;
       border: 1px solid var(--line);
       border-radius: 0.5rem;
-      background: Canvas;
-      font: inherit;
-      overflow: auto;
+      background: var(--card);
     }
-    label > :not([type="checkbox"]) {
+    :is(.whole, .card:not(#announcement) > *, td:first-child, td:last-child) {
+      flex-basis: 100%;
+      grid-column: 1 / -1;
+    }
+    :is(h1, h2, strong) {
+      font-weight: 600;
+    }
+    figcaption strong {
+      font-size: 1.5rem;
+    }
+    :is(.quiet, small, label, th),
+    td::before {
+      color: light-dark(#57626a, #9ca7ae);
+      font-size: 0.75rem;
+    }
+    :where(input:not([type="checkbox"]), button) {
+      min-height: 1.875rem;
+      padding: 0 0.625rem;
+      border: 1px solid var(--line);
+      border-radius: 0.375rem;
+      background: var(--card);
+      font-size: 0.8125rem;
+    }
+    :is(.card > label > input, svg, table) {
       width: 100%;
     }
-    main form button {
+    :is(:root, header, input, button:not(.primary):hover) {
+      background: light-dark(#f4f6f8, #0d1012);
+    }
+    .primary {
       background: var(--accent);
-      color: Canvas;
+      color: var(--card);
     }
-    :is(h1, h2) {
-      font: bold 1.125rem / 2 system-ui;
-    }
-    figcaption::first-line {
-      font-size: 1.75rem;
+    :focus-visible {
+      outline: 2px solid var(--accent);
     }
     :is(.bad, [aria-invalid="true"], form:has([aria-invalid="true"]) [role="status"]) {
-      border-color: var(--bad);
-      color: var(--bad);
+      border-color: currentColor;
+      color: light-dark(#b3261e, #ff9389);
     }
-    table {
-      width: 100%;
-      border-collapse: collapse;
-    }
-    :is(th, td) {
-      padding: 0.5rem var(--space) 0.5rem 0;
+    :is(tr, li) {
       border-bottom: 1px solid var(--line);
+    }
+    :is(th, td, li) {
+      padding: 0.25rem 0.75rem 0.25rem 0;
       text-align: left;
+      white-space: pre-line;
     }
-    :is(th, td):nth-child(n + 4) {
-      text-align: right;
+    #messages {
+      max-height: 28rem;
+      overflow: auto;
     }
-    :is(figcaption, th, td) {
-      white-space: pre;
+    #messages li {
+      content-visibility: auto;
+      contain-intrinsic-size: auto 2rem;
+    }
+    :is(summary, pre) {
+      font: 0.75rem/1.5 monospace;
+      white-space: pre-wrap;
+    }
+    @media (width < 72rem) {
+      thead {
+        display: none;
+      }
+      tr {
+        display: grid;
+        grid-template-columns: repeat(auto-fit, minmax(5.25rem, 1fr));
+      }
+      td:not(:first-child, :last-child)::before {
+        display: block;
+        content: attr(title);
+      }
+    }
+    @media (width >= 72rem) {
+      :is(th, td):nth-child(n + 5) {
+        text-align: right;
+      }
     }
   </style>
   <header>
     <h1>datadivr console</h1>
+    <p id="status" role="status">Connecting</p>
     <button id="leave" class="private">Sign out</button>
-    <p id="status" class="whole" role="status">Connecting</p>
   </header>
   <main id="login">
-    <form id="credentials" class="card whole" method="dialog">
+    <form id="credentials" class="card" method="dialog">
       <label>Admin token <input id="token" type="password" autocomplete="off" required /></label>
-      <p class="whole">DATADIVR_ADMIN_TOKEN, or the one in the server's log</p>
-      <p id="refusal" class="bad whole" role="alert"></p>
-      <button>Open the console</button>
+      <p class="quiet">DATADIVR_ADMIN_TOKEN, or the one in the server's log</p>
+      <p id="refusal" class="bad" role="alert"></p>
+      <button class="primary">Open the console</button>
     </form>
   </main>
-  <main id="board" class="private">
+  <main class="private">
     <figure class="card" aria-label="Clients connected" data-metric="clients"></figure>
     <figure class="card" aria-label="Messages in" data-metric="messages_received_total"></figure>
     <figure class="card" aria-label="Deliveries out" data-metric="messages_sent_total"></figure>
     <section class="card">
-      <h2>Errors</h2>
+      <h2 id="faults"></h2>
       <ul id="errors"></ul>
-      <p id="scope"></p>
+      <p class="quiet">None</p>
+      <p id="scope" class="quiet"></p>
     </section>
-    <search id="filter" class="card whole">
-      <h2 id="count" class="whole">Clients</h2>
-      <label>Address, id or user <input id="search" type="search" /></label>
-      <label><input id="slowest" type="checkbox" /> Most unsent bytes first</label>
-      <nav aria-label="Pages of clients">
-        <p id="place"></p>
+    <section class="card whole">
+      <search id="filter" class="bar">
+        <h2 id="count">Clients</h2>
+        <label>Address, id, user or room <input id="search" type="search" /></label>
+        <label><input id="slowest" type="checkbox" /> Most unsent bytes first</label>
+        <p id="place" class="quiet"></p>
         <button id="previous">Previous</button>
         <button id="next">Next</button>
-      </nav>
-    </search>
-    <div class="card whole">
-      <table id="table" aria-labelledby="count" tabindex="-1">
-        <thead>
-          <tr>
-            <th scope="col">Client</th>
-            <th scope="col">Node</th>
-            <th scope="col">Since</th>
-            <th scope="col">In</th>
-            <th scope="col">Out</th>
-            <th scope="col">Unsent bytes</th>
-            <th scope="col">Actions</th>
-          </tr>
-        </thead>
-        <tbody id="rows"></tbody>
-      </table>
-    </div>
-    <form id="announcement" class="card whole" method="dialog">
-      <h2 class="whole">Announcement</h2>
-      <label>To: all, or a client's id <input id="to" name="to" value="all" required /></label>
+      </search>
+      <table id="table" aria-labelledby="count" tabindex="-1"></table>
+      <p class="quiet">No clients</p>
+    </section>
+    <form id="announcement" class="card whole" method="dialog" aria-labelledby="news">
+      <h2 id="news" class="whole">Announcement</h2>
+      <label>To: all, #room or an id <input id="to" name="to" value="all" required /></label>
       <label>Event name <input id="name" name="event_name" required /></label>
       <label>Message <input name="message" /></label>
       <label>Payload, in JSON <input name="payload" /></label>
-      <button>Send</button>
-      <p id="outcome" class="whole" role="status"></p>
+      <button class="primary">Send</button>
+      <button id="talk" hidden>Send as a client</button>
+      <p id="outcome" class="quiet whole" role="status"></p>
     </form>
+    <section class="card whole" aria-labelledby="live">
+      <form id="watching" class="bar" method="dialog">
+        <h2 id="live">Watch messages live</h2>
+        <p id="connection" class="quiet" role="status"></p>
+        <label>Only events with <input id="wanted" type="search" form="none" /></label>
+        <label><input id="pause" type="checkbox" form="none" /> Pause</label>
+        <input id="ticket" type="password" placeholder="Client token" autocomplete="off" hidden />
+        <button id="watch">Watch</button>
+      </form>
+      <ul id="messages" aria-labelledby="live"></ul>
+      <p class="quiet">None yet. To watch, this page connects as one more client.</p>
+    </section>
   </main>
   <dialog id="confirmation" class="card" aria-labelledby="question">
-    <form method="dialog">
-      <h2 id="question" class="whole"></h2>
+    <form class="bar" method="dialog">
+      <h2 id="question"></h2>
       <button>Cancel</button>
       <button id="confirm" class="bad">Disconnect</button>
     </form>
   </dialog>
   <template id="chart">
-    <figcaption></figcaption>
-    <svg width="100%" height="60" viewBox="-120 0 120 1" preserveAspectRatio="none" fill="none">
-      <polyline stroke="var(--accent)" stroke-width="2" vector-effect="non-scaling-stroke" />
+    <figcaption><span class="whole"></span> <strong></strong> <small></small></figcaption>
+    <svg viewBox="-120 0 120 100" preserveAspectRatio="none" height="64" aria-hidden="true">
+      <path d="M-120 0V100H0V0M-90 0V100M-60 0V100M-30 0V100" fill="none" stroke="var(--line)" />
+      <polyline fill="var(--accent)" fill-opacity="0.15" stroke="var(--accent)" stroke-width="2" />
     </svg>
+    <p class="quiet axis"><span>2 minutes ago</span> <span>1 minute ago</span> <span>now</span></p>
   </template>
   <script>
     const ui = {};
     for (const element of document.querySelectorAll("[id]")) ui[element.id] = element;
     const root = new URL(location.pathname.endsWith("/") ? ".." : ".", location);
     const rowsPerPage = 20;
+    const columns = "Client,Rooms,Node,Since,In,Out,Unsent bytes,Actions".split(",");
     const state = {
       token: "",
       timer: 0, // of the next refresh
@@ -2765,15 +2838,27 @@ _files["console.html"] = r"""<!doctype html>
       listDue: 0, // when to list the clients again
       clients: [], // as /clients lists them
       page: 0, // of the table
-      samples: [], // of /metrics, two minutes back
+      samples: [], // of /metrics: two minutes back, and the one before
+      span: "", // how long that is
+      server: null, // to watch messages, by client.js
+      isWatching: false, // or about to
+      drawing: 0, // the timer of the next look at what arrived
+      arrived: [], // the last 200 messages since that look
+      kept: [], // the last 200, from which the list shows what the filter lets through
     };
-    const titleOf = ({ address, user, id }) => [address, user, id].filter(Boolean).join("\n");
-    const make = (tag, properties) => Object.assign(document.createElement(tag), properties);
     const format = (number) => number.toLocaleString([], { maximumFractionDigits: 1 });
+    const shortly = { dateStyle: "short", timeStyle: "short" };
+    const roomsOf = ({ rooms = [] }) => rooms.map((room) => `#${room}`); // older nodes have none
+    const textOf = (it) => [it.address, it.user, it.id, ...roomsOf(it)].join("\n").toLowerCase();
+    const isWanted = ({ message }) => message.event_name.includes(ui.wanted.value);
     // JavaScript would round a large number: it goes out as it was typed.
     const keepNumber = (key, value, { source }) =>
       typeof value === "number" ? JSON.rawJSON(source) : value;
-
+    function make(tag, properties, ...content) {
+      const element = Object.assign(document.createElement(tag), properties);
+      element.append(...content.flat());
+      return element;
+    }
     async function request(path, options) {
       const { token } = state;
       const headers = { Authorization: `Bearer ${token}` };
@@ -2786,7 +2871,6 @@ _files["console.html"] = r"""<!doctype html>
       if (response.status === 401) signOut("The server refuses this token.");
       throw explain(response, text);
     }
-
     function explain({ status, headers }, text) {
       const isJson = headers.get("Content-Type") === "application/json";
       const { detail = `The server answers ${status}.` } = isJson ? JSON.parse(text) : {};
@@ -2794,42 +2878,38 @@ _files["console.html"] = r"""<!doctype html>
       const [{ loc, msg }] = detail;
       return new Error(`${loc.at(-1)}: ${msg}`, { cause: loc[1] }); // the field at fault
     }
-
     function start() {
       const [, token] = location.hash.split("#token=");
       history.replaceState(null, "", location.pathname); // nobody shall read the token there
       signIn(token ?? sessionStorage.getItem("datadivr") ?? "");
     }
-
     function signIn(token) {
       state.token = token;
       if (!/^[!-~]+$/.test(token)) signOut(token ? "The server refuses this token." : "");
       refresh();
     }
-
     function signOut(fault) {
-      Object.assign(state, { token: "", listDue: 0, samples: [] });
+      Object.assign(state, { token: "", listDue: 0, samples: [], arrived: [], kept: [] });
       sessionStorage.removeItem("datadivr");
       document.body.className = "";
       showStatus("Signed out");
       ui.confirmation.close();
-      ui.credentials.reset();
+      for (const form of document.forms) form.reset();
+      state.server?.close();
+      showMessages();
       ui.refusal.textContent = fault;
       ui.token.focus();
     }
-
     function showStatus(text, milliseconds = 0) {
       if (ui.status.textContent !== text) ui.status.textContent = text; // it is read aloud once
       state.liveFrom = performance.now() + milliseconds;
-      ui.status.classList.toggle("bad", state.liveFrom === Infinity);
+      ui.status.className = state.liveFrom === Infinity ? "bad" : "quiet";
     }
-
     async function refresh() {
       clearTimeout(state.timer);
       if (state.token && !document.hidden) await load().catch(showGone);
       state.timer = setTimeout(refresh, 1000);
     }
-
     async function load() {
       await loadFigures();
       if (performance.now() > state.listDue) await loadClients();
@@ -2838,13 +2918,11 @@ _files["console.html"] = r"""<!doctype html>
       if (state.liveFrom === Infinity) showStatus("The server is back.", 10000);
       if (performance.now() > state.liveFrom) showStatus("Live");
     }
-
     function showGone({ message }) {
       if (!state.token) return;
-      const last = state.samples.at(-1)?.moment ?? "never";
+      const last = state.samples.at(-1)?.date.toLocaleString() ?? "never";
       showStatus(`${message} Trying again every second. Last figures: ${last}.`, Infinity);
     }
-
     async function loadClients() {
       const pages = [];
       for (let after = ""; after !== null; after = pages.at(-1).next) {
@@ -2852,106 +2930,103 @@ _files["console.html"] = r"""<!doctype html>
       }
       state.clients = pages.flatMap((page) => page.clients);
       state.listDue = performance.now() + 2000 + state.clients.length; // long lists cost more
-      showTotals(pages.some((page) => page.partial));
-      showClients();
-    }
-
-    function showTotals(isPartial) {
       const [own, all] = [state.samples.at(-1).clients, state.clients.length];
       const text = `Figures and errors are of one process or machine: ${own} of ${all} clients.`;
       ui.scope.textContent = Math.abs(own - all) > all / 100 ? text : ""; // some come and go
-      const rest = isPartial ? ". Some nodes did not answer." : "";
+      const rest = pages.some((page) => page.partial) ? ". Some nodes did not answer." : "";
       ui.count.textContent = `Clients: ${format(all)}${rest}`;
+      showClients();
     }
-
     async function loadFigures() {
       const text = await request("metrics");
-      const now = { at: performance.now() / 1000, moment: new Date().toLocaleString(), errors: {} };
+      const now = { at: performance.now() / 1000, date: new Date(), errors: {} };
       const lines = text.matchAll(/^datadivr_(\w+)(?:\{type="(.*)"\})? (\S+)$/gm);
       for (const [, name, type, value] of lines) {
         // Prometheus escapes a label's text as JSON does.
         if (name === "errors_total") now.errors[JSON.parse(`"${type}"`)] = Number(value);
         else now[name] = Number(value);
       }
-      state.samples = state.samples.filter(({ at }) => at > now.at - 120).concat(now);
+      while (state.samples[1]?.at <= now.at - 120) state.samples.shift();
+      state.samples.push(now);
+      const [{ at, date }] = state.samples; // older, if this page was hidden
+      const isFull = Math.abs(now.at - at - 122) < 3;
+      state.span = isFull ? "in two minutes" : `since ${date.toLocaleTimeString()}`;
       document.querySelectorAll("figure").forEach(drawChart);
       showErrors();
     }
-
-    function valuesOf(metric) {
-      return state.samples.map((sample, index) => {
-        const before = state.samples[index - 1] ?? sample; // the first has no rate
-        if (!metric.endsWith("_total")) return sample[metric];
+    function ratesOf(metric) {
+      return state.samples.map((_, index, samples) => {
+        const [before, after = before] = samples.slice(Math.max(0, index - 1));
         // A counter that went down belongs to a server that was started again.
-        return Math.max(0, sample[metric] - before[metric]) / (sample.at - before.at || 1);
+        return Math.max(0, after[metric] - before[metric]) / (after.at - before.at || 1);
       });
     }
-
     function drawChart(figure) {
       if (!figure.hasChildNodes()) figure.append(ui.chart.content.cloneNode(true));
-      const [caption, svg] = figure.children;
-      const unit = figure.dataset.metric.endsWith("_total") ? "/s" : "";
-      const values = valuesOf(figure.dataset.metric);
+      const { metric } = figure.dataset;
+      const unit = metric.endsWith("_total") ? "/s" : "";
+      const values = unit ? ratesOf(metric) : state.samples.map((sample) => sample[metric]);
       const most = Math.max(...values);
       const x = (index) => state.samples[index].at - state.samples.at(-1).at;
-      const y = (value) => 0.95 - (0.9 * value) / (most || 1);
-      const points = values.map((value, index) => `${x(index)},${y(value)}`);
-      svg.firstElementChild.setAttribute("points", points.slice(1).join(" "));
+      const y = (value) => 98 - (90 * value) / (most || 1);
+      const points = values.map((value, index) => `${x(index)},${y(value)}`).join(" ");
+      figure.querySelector("polyline").setAttribute("points", `${x(0)},100 ${points} 0,100`);
       const [now, peak] = [values.at(-1), most].map((value) => format(value) + unit);
-      caption.textContent = `${now}\n${figure.ariaLabel}\npeak ${peak} in two minutes`;
+      const texts = [figure.ariaLabel, now, `peak ${peak} ${state.span}`];
+      texts.forEach((text, index) => (figure.firstElementChild.children[index].textContent = text));
     }
-
     function showErrors() {
-      const [first, last] = [state.samples[0].errors, state.samples.at(-1).errors];
-      const types = Object.keys(last).filter((type) => last[type] > 0);
-      const recent = (type) => Math.max(0, last[type] - (first[type] ?? 0));
-      const texts = types.map((type) => `${type}: ${last[type]}, ${recent(type)} in two minutes`);
-      if (texts.length === 0) texts.push("None");
-      ui.errors.replaceChildren(...texts.map((textContent) => make("li", { textContent })));
+      const [{ errors: before }, { errors }] = [state.samples[0], state.samples.at(-1)];
+      ui.faults.textContent = `Errors ${state.span}, and in all`;
+      ui.errors.replaceChildren();
+      for (const [type, count] of Object.entries(errors)) {
+        const texts = [type, `+${format(Math.max(0, count - (before[type] ?? 0)))}`, format(count)];
+        const spans = texts.map((text) => make("span", {}, text, " "));
+        if (count > 0) ui.errors.append(make("li", { className: "bar" }, spans));
+      }
     }
-
     function showClients(page = state.page) {
       // A button that is held down, or gets the focus back from the dialog, must not vanish.
       if (ui.rows.matches(":active") || ui.confirmation.open) return;
       const text = ui.search.value.toLowerCase();
-      const found = state.clients.filter((client) => titleOf(client).toLowerCase().includes(text));
+      const found = state.clients.filter((client) => textOf(client).includes(text));
       if (ui.slowest.checked) found.sort((one, other) => other.buffered_bytes - one.buffered_bytes);
       const lastPage = Math.max(0, Math.ceil(found.length / rowsPerPage) - 1);
-      state.page = Math.max(0, Math.min(page, lastPage));
+      state.page = Math.min(page, lastPage);
       const first = rowsPerPage * state.page;
       const shown = found.slice(first, first + rowsPerPage);
       const place = `${first + 1}\u2013${first + shown.length} of ${format(found.length)}`;
-      ui.place.textContent = shown.length > 0 ? place : "No clients";
+      ui.place.textContent = shown.length > 0 ? place : "";
       ui.previous.disabled = state.page === 0;
       ui.next.disabled = state.page === lastPage;
       const focused = ui.rows.querySelector(":focus");
-      ui.rows.replaceChildren();
-      shown.forEach(addRow);
+      ui.rows.replaceChildren(...shown.map(makeRow));
       if (focused) (document.getElementById(focused.id) ?? ui.table).focus({ preventScroll: true });
     }
-
-    function addRow(client) {
-      const row = ui.rows.insertRow();
+    function makeRow(client) {
+      const { address, user, id, node, connected_at } = client;
+      const name = [make("strong", {}, address), ` ${user ?? ""}\n`, make("small", {}, id)];
+      const since = new Date(connected_at).toLocaleString([], shortly);
       const counts = [client.messages_received, client.messages_sent, client.buffered_bytes];
-      for (const cell of [titleOf(client), client.node, new Date(client.connected_at), ...counts]) {
-        row.insertCell().textContent = cell.toLocaleString();
-      }
+      const write = makeButton("Message", client, writeTo);
+      const remove = makeButton("Disconnect", client, disconnect);
+      const rooms = roomsOf(client).join(" ");
+      const cells = [name, rooms, node, since, ...counts.map(format), [write, " ", remove]];
+      // On a small screen, which has no head, the titles show.
+      const makeCell = (content, index) => make("td", { title: columns[index] }, content);
+      const row = make("tr", {}, cells.map(makeCell));
       row.cells[0].role = "rowheader";
-      const message = makeButton("Message", client, writeTo);
-      row.insertCell().append(message, " ", makeButton("Disconnect", client, disconnect));
+      return row;
     }
-
-    function makeButton(textContent, client, action) {
-      const ariaLabel = `${textContent} ${client.address}`;
+    function makeButton(text, client, action) {
+      const ariaLabel = `${text} ${client.address}`;
       const onclick = () => action(client);
-      return make("button", { id: textContent + client.id, textContent, ariaLabel, onclick });
+      return make("button", { id: text + client.id, ariaLabel, onclick }, text);
     }
-
     function writeTo({ id }) {
       ui.to.value = id;
       ui.name.focus();
     }
-
     function disconnect({ id, address }) {
       ui.question.textContent = `Disconnect ${address}? It may connect again.`;
       ui.confirmation.showModal();
@@ -2961,36 +3036,96 @@ _files["console.html"] = r"""<!doctype html>
         state.listDue = 0;
       };
     }
-
-    async function announce() {
+    async function submit(send) {
       const fields = Object.fromEntries(new FormData(ui.announcement));
       showOutcome("");
       try {
         const payload = JSON.parse(fields.payload || "null", keepNumber);
-        const body = JSON.stringify({ ...fields, message: fields.message || null, payload });
-        const answer = JSON.parse(await request("messages", { method: "POST", body }));
-        const count = `${answer.recipients}${answer.partial ? " or more" : ""}`;
-        showOutcome(`“${fields.event_name}” reached clients: ${count}.`);
+        showOutcome(await send({ ...fields, message: fields.message || null, payload }));
       } catch (error) {
         const name = error instanceof SyntaxError ? "payload" : error.cause;
         showOutcome(error.message, ui.announcement.elements[name]);
       }
     }
-
+    async function announce(message) {
+      const body = JSON.stringify(message);
+      const { recipients, partial } = JSON.parse(
+        await request("messages", { method: "POST", body }),
+      );
+      return `“${message.event_name}” reached clients: ${recipients}${partial ? " or more" : ""}.`;
+    }
+    function talk({ event_name, payload, ...rest }) {
+      state.server.send(event_name, payload, rest);
+      return `“${event_name}” is sent. What comes back shows below.`;
+    }
     function showOutcome(text, fault) {
       for (const field of ui.announcement.elements) field.ariaInvalid = field === fault;
       ui.outcome.textContent = text;
       fault?.setAttribute("aria-describedby", "outcome");
       fault?.focus();
     }
-
+    async function watch() {
+      if (state.isWatching) return state.server?.close();
+      state.server?.close(); // it goes on trying where it was refused
+      showConnection("connecting");
+      const { connect } = await import(new URL("client.js", root));
+      state.server = connect({ token: ui.ticket.value, onmessage: hear, onstate: showConnection });
+    }
+    function showConnection(name, reason) {
+      state.isWatching = name === "connecting" || name === "open";
+      ui.connection.textContent = [`Connection: ${name}`, reason].filter(Boolean).join(". ");
+      ui.watch.textContent = state.isWatching ? "Stop" : "Watch";
+      ui.talk.hidden = name !== "open";
+      ui.ticket.hidden &&= name !== "refused";
+    }
+    function hear(message) {
+      keep(state.arrived, { message, moment: new Date() });
+      if (!ui.pause.checked) state.drawing ||= setTimeout(requestAnimationFrame, 100, showMessages);
+    }
+    function keep(entries, entry) {
+      if (entries.push(entry) <= 200) return;
+      const index = entries.findIndex((entry) => !isWanted(entry)); // what is not shown goes first
+      entries.splice(Math.max(0, index), 1);
+    }
+    function showMessages() {
+      state.drawing = 0;
+      if (!ui.pause.checked) state.arrived.splice(0).forEach((entry) => keep(state.kept, entry));
+      const wanted = state.kept.filter(isWanted).reverse();
+      ui.messages.replaceChildren(...wanted.map((entry) => (entry.item ??= makeItem(entry))));
+    }
+    function makeItem({ message, moment }) {
+      const { event_name, from_id, to, payload } = message;
+      const way = `${event_name.padEnd(16)}  ${from_id.padEnd(36)} → ${to.padEnd(8)}`;
+      const text = [message.message, JSON.stringify(payload)].filter(Boolean).join(" ");
+      const line = [moment.toLocaleTimeString(), way, text.slice(0, 100)].join("  ");
+      const pre = make("pre");
+      const ontoggle = () => (pre.textContent = JSON.stringify(message, null, 2));
+      const className = event_name === "error" ? "bad" : "";
+      return make(
+        "li",
+        { className },
+        make("details", { ontoggle }, make("summary", {}, line), pre),
+      );
+    }
+    ui.table.createTHead().append(
+      make(
+        "tr",
+        {},
+        columns.map((name) => make("th", {}, name)),
+      ),
+    );
+    ui.rows = Object.assign(ui.table.createTBody(), { id: "rows" });
     window.onhashchange = start;
     ui.credentials.onsubmit = () => signIn(ui.token.value.trim());
-    ui.announcement.onsubmit = announce;
+    ui.announcement.onsubmit = (event) => submit(event.submitter === ui.talk ? talk : announce);
+    ui.watching.onsubmit = () => watch().catch(({ message }) => showConnection("refused", message));
     ui.leave.onclick = () => signOut("");
     ui.filter.oninput = () => showClients(0);
     ui.previous.onclick = () => showClients(state.page - 1);
     ui.next.onclick = () => showClients(state.page + 1);
+    ui.pause.onchange = ui.wanted.oninput = showMessages;
+    ui.messages.onscroll = ui.messages.onpointerdown = () => (ui.pause.checked = true); // to read
+    ui.messages.addEventListener("focusin", ui.messages.onscroll);
     start();
   </script>
 </html>

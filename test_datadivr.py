@@ -37,11 +37,12 @@ import tomllib
 import types
 import uuid
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, NewType, Optional, Self, TypeVar, assert_type
+from urllib.parse import quote
 from zoneinfo import ZoneInfo
 
 import anyio.to_thread
@@ -62,6 +63,8 @@ from playwright.sync_api import (
     BrowserContext,
     Locator,
     Page,
+    Route,
+    WebSocketRoute,
     expect,
     sync_playwright,
 )
@@ -69,6 +72,7 @@ from playwright.sync_api import Error as PlaywrightError
 from prometheus_client.mmap_dict import MmapedDict
 from pydantic import BaseModel, Field
 from pydantic_core import PydanticSerializationError
+from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware import Middleware
 from starlette.testclient import WebSocketDenialResponse
 from starlette.websockets import WebSocketDisconnect, WebSocketState
@@ -285,15 +289,44 @@ def id_of(client: ClientConnection) -> str:
     return str(ask(client, "whoami")["payload"])
 
 
-def error(client_id: str, code: str, text: str, event_name: str | None = None) -> Json:
-    about = {} if event_name is None else {"event_name": event_name}
+def error(client_id: str, code: str, text: str, **known: Any) -> Json:
+    """Return an error as it goes out; `known` is its event's name, its message's id, a status."""
+    asked = {"id": known.pop("id")} if "id" in known else {}
     return {
         "event_name": "error",
-        "payload": {"code": code, **about},
+        "payload": {"code": code, **known},
         "to": client_id,
         "from_id": "server",
         "message": text,
+        **asked,
     }
+
+
+def message_from(from_id: str, event_name: str, to: str, **fields: Any) -> Json:
+    """Return a message as it goes out, with null for the fields that are not given."""
+    keys = {"event_name": event_name, "payload": None, "to": to, "from_id": from_id}
+    return {**keys, "message": None, **fields}
+
+
+def ok(client_id: str, number: int | str) -> Json:
+    """Return the server's answer to a message whose id nothing else answered."""
+    return message_from("server", "ok", client_id, id=number)
+
+
+def run_in_thread(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """Run a coroutine in a loop of its own; this thread may have a browser's."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, coroutine).result(LIMIT)
+
+
+def with_ids(messages: list[Json]) -> list[Json]:
+    return [message for message in messages if "id" in message]
+
+
+UNKNOWN = "No client with the id in `to` is connected."
+# Each is wrong as a room's name, in a way of its own.
+BAD_ROOMS = ["", "a b", "a\n", "\na", "a\tb", "a\x00", "a\x1f", "a\x7f", "a\x85", "a\u00a0b"]
+BAD_ROOMS += ["a\u2028b", "a/b", "a#b", "#a", "x" * 101, "\ud800", "x\nall - {}"]
 
 
 def close_code(client: ClientConnection) -> int | None:
@@ -455,7 +488,11 @@ APPLICATION = """
     import asyncio
     import threading
 
+    from fastapi import Body, HTTPException, WebSocket
+
+    import datadivr
     from datadivr import WebSocketMessage, app, broadcast, clients, create_message
+    from datadivr import handle_connection, join_room, leave_room, list_clients
     from datadivr import websocket_handler
 
     @websocket_handler("double")
@@ -518,6 +555,74 @@ APPLICATION = """
     @app.post("/tell_from_a_thread")
     def tell_from_a_thread():
         return asyncio.run(broadcast(create_message("news", 2, "all")))
+
+    @app.websocket("/in")
+    async def come_in(websocket: WebSocket):
+        websocket.state.rooms = set(websocket.query_params.getlist("room"))
+        await handle_connection(websocket)
+
+    @websocket_handler("join")
+    async def join(message: WebSocketMessage[list]):
+        await join_room(message.from_id, *message.payload)
+
+    @websocket_handler("leave")
+    async def leave(message):
+        await leave_room(message.from_id, message.payload)
+
+    @websocket_handler("members")
+    async def members(message):
+        found = (await list_clients(room=message.payload)).clients
+        return create_message("members", {c.id: c.rooms for c in found}, message.from_id)
+
+    @websocket_handler("publish")
+    async def publish(message):
+        await broadcast(create_message(**message.payload))
+
+    @websocket_handler("publish_copy")
+    async def publish_copy(message):
+        news = create_message("news", None, "all")
+        await broadcast(news.model_copy(update={"to": message.payload}))
+
+    @websocket_handler("publish_changed")
+    async def publish_changed(message):
+        news = create_message("news", None, "all")
+        news.to = message.payload
+        await broadcast(news)
+
+    @websocket_handler("reply")
+    async def reply(message):
+        return create_message(**message.payload)
+
+    @websocket_handler("reply_copy")
+    async def reply_copy(message):
+        return message.model_copy(update={"to": message.payload, "id": None})
+
+    @websocket_handler("relay")
+    async def relay(message):
+        return message
+
+    @websocket_handler("forward")
+    async def forward(message):
+        message.to = message.payload
+        return message
+
+    @websocket_handler("refuse")
+    async def refuse(message):
+        raise HTTPException(403, "Not for you.")
+
+    @websocket_handler("typed")
+    async def typed(message: WebSocketMessage[int]):
+        return create_message("typed", message.payload, message.from_id)
+
+    @app.post("/call/{name}")
+    def call(name: str, arguments: list = Body()):  # in a thread, with an event loop of its own
+        if name == "broadcast":
+            arguments = [create_message(*arguments)]
+
+        async def main():
+            return await getattr(datadivr, name)(*arguments)
+
+        return asyncio.run(main())
 """
 SERVERS = {
     "uvicorn": ["-m", "uvicorn", "application:app", "--port", "{port}"],
@@ -1494,18 +1599,8 @@ def test_several_workers_without_redis_each_say_what_they_need() -> None:
     assert ["DATADIVR_REDIS_URL" in line for line in lines] == [True, True]
 
 
-RELOADED = """
-    import uvicorn
-
-    if __name__ == "__main__":  # as `fastapi dev` does
-        uvicorn.run("datadivr:app", port={port}, reload=True)
-"""
-
-
-def test_one_process_that_is_watched_by_another_is_not_several(tmp_path: Path) -> None:
-    port = free_port()
-    (tmp_path / "serve.py").write_text(textwrap.dedent(RELOADED).format(port=port))
-    with Process("serve.py", cwd=tmp_path, port=port) as process:
+def test_one_process_that_is_watched_by_another_is_not_several() -> None:
+    with Process(*"-m uvicorn datadivr:app --reload --port {port}".split()) as process:
         process.wait_until_up()
         with dial(f"ws://127.0.0.1:{process.port}/ws") as client:
             client_id = id_of(client)
@@ -1678,7 +1773,7 @@ def test_a_message_that_grows_beyond_the_limit_is_not_relayed(
     sender_id, numbers = id_of(sender), ",".join(["1e15"] * 1900)
     sender.send(f'{{"event_name": "m", "payload": [{numbers}]}}')
     text = "It would go out with more than 10000 bytes (DATADIVR_MAX_MESSAGE_BYTES): dropped."
-    assert hear(sender) == error(sender_id, "message_too_big", text, "m")
+    assert hear(sender) == error(sender_id, "message_too_big", text, event_name="m")
     assert ask(receiver, "whoami")["event_name"] == "whoami"  # and nothing before it
 
 
@@ -1852,6 +1947,176 @@ def test_a_subclass_without_fields_of_its_own_goes_out(connect: Connect, live: L
     ]
 
 
+def test_a_message_without_an_id_goes_out_with_the_five_keys_of_old_byte_for_byte(
+    connect: Connect, server: Process
+) -> None:
+    client = connect()
+    client_id = id_of(client)
+    keys = '{{"event_name":"{}","payload":{},"to":"{}","from_id":"{}","message":null}}'.format
+    client.send('{"event_name": "echo", "payload": 1.50, "to": "all", "id": null}')
+    assert client.recv(timeout=LIMIT) == keys("echo", "1.5", "all", client_id)
+    client.send('{"event_name": "double", "payload": 2}')
+    assert client.recv(timeout=LIMIT) == keys("doubled", "4", client_id, "server")
+
+
+@pytest.mark.parametrize(
+    "number",
+    [
+        "0",
+        "-1",
+        "9007199254740993",
+        "18446744073709551616",
+        "1" + "0" * 100,
+        '""',
+        '"0"',
+        '"null"',
+        json.dumps("x" * 128),
+        json.dumps("😀" * 128),
+        '"\\u0000\\n\\"\\\\é"',
+    ],
+)
+def test_an_id_comes_back_as_it_went_in_as_the_last_key(
+    connect: Connect, server: Process, number: str
+) -> None:
+    client = connect()
+    client_id = id_of(client)
+    for event_name, to in (("whoami", "all"), ("silent", "all"), ("nobody hears", client_id)):
+        client.send(f'{{"id": {number}, "event_name": "{event_name}", "to": "{to}"}}')
+        answer = hear(client)
+        assert list(answer) == ["event_name", "payload", "to", "from_id", "message", "id"]
+        assert repr(answer["id"]) == repr(json.loads(number))
+    assert hear_all(client) == []
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    ["1.5", "true", "[]", "{}", "[1]", "NaN", '"%s"' % ("x" * 129), '"\\ud800"', "9" * 5000],
+)
+def test_what_cannot_be_an_id_is_an_invalid_message_and_in_no_answer(
+    connect: Connect, server: Process, wrong: str
+) -> None:
+    client = connect()
+    client_id = id_of(client)
+    client.send(f'{{"event_name": "double", "payload": 1, "id": {wrong}}}')
+    (answer,) = hear_all(client)
+    code, event_name = answer["payload"]["code"], answer["payload"].get("event_name", "double")
+    assert (code, event_name) == ("invalid_message", "double")
+    assert (answer["to"], "id" in answer) == (client_id, False)
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ('{"id": 7}', 7),
+        ('{"event_name": 5, "id": "a"}', "a"),
+        ('{"event_name": "$x", "id": 0}', 0),
+        ('{"event_name": "x", "to": null, "id": 7}', 7),
+        ('{"event_name": "x", "to": "#", "id": 7}', 7),
+        ('{"event_name": "x", "message": [], "id": ""}', ""),
+        ('{"event_name": "x", "payload": "\\ud800", "id": 7}', 7),
+        (b'{"event_name": "\\ud800", "id": 7}', 7),
+    ],
+)
+def test_an_invalid_message_whose_id_can_be_read_gets_its_one_answer(
+    connect: Connect, server: Process, text: str | bytes, number: int | str
+) -> None:
+    client = connect()
+    client_id = id_of(client)
+    client.send(text)
+    (answer,) = hear_all(client)
+    assert (answer["event_name"], answer["payload"]["code"]) == ("error", "invalid_message")
+    assert (answer["to"], answer["id"]) == (client_id, number)
+
+
+@pytest.mark.parametrize("text", ["[7]", "7", '{"id": 7', '{"id": 7}' + " " * 10 + "x"])
+def test_an_invalid_message_whose_id_cannot_be_read_gets_an_error_without_one(
+    connect: Connect, live: Live, text: str
+) -> None:
+    client = connect()
+    client.send(text)
+    (answer,) = hear_all(client)
+    assert (answer["payload"]["code"], "id" in answer) == ("invalid_message", False)
+
+
+def test_a_message_too_big_to_go_out_has_an_answer_with_its_id(
+    connect: Connect, live: Live, configure: Callable[..., None]
+) -> None:
+    configure(max_message_bytes=10_000)
+    sender = connect()
+    numbers = ",".join(["1e15"] * 1900)
+    for to in ("others", id_of(sender)):
+        sender.send(f'{{"event_name": "m", "payload": [{numbers}], "to": "{to}", "id": 7}}')
+        (answer,) = hear_all(sender)
+        known = {"code": "message_too_big", "event_name": "m"}
+        assert (answer["event_name"], answer["payload"], answer["id"]) == ("error", known, 7)
+
+
+def test_messages_are_made_with_an_id() -> None:
+    news = datadivr.create_message("news", 1, "all", None, id="a")
+    assert news.model_dump() == message_from("server", "news", "all", payload=1, id="a")
+    wrong = datadivr.create_error_message("It broke.", "me", id=0)
+    assert wrong.model_dump() == error("me", "error", "It broke.", id=0)
+    parsed = datadivr.parse_message('{"event_name": "x", "id": 5}')
+    assert (parsed.id, datadivr.parse_message('{"event_name": "x"}').id) == (5, None)
+
+
+@pytest.mark.parametrize("room", BAD_ROOMS)
+def test_a_bad_room_is_refused_wherever_a_message_is_made_or_sent(room: str) -> None:
+    to = f"#{room}"
+    for make in (WebSocketMessage, WebSocketMessage[int]):
+        with pytest.raises(ValueError, match=r"to\b"):
+            make(event_name="x", to=to)
+    with pytest.raises(ValueError, match="room"):
+        datadivr.create_message("x", None, to)
+    with pytest.raises(ValueError, match="room"):
+        datadivr.create_error_message("It broke.", to)
+    with pytest.raises(datadivr.InvalidMessageFormat, match=r"message: |to: "):
+        datadivr.parse_message(json.dumps({"event_name": "x", "to": to}))
+    good = WebSocketMessage(event_name="x", to="#garden")
+    changed = good.model_copy()
+    constructed = WebSocketMessage.model_construct(event_name="x", to=to)
+    with contextlib.suppress(ValueError):  # it may be refused as early as this
+        changed.to = to
+    for message in (good.model_copy(update={"to": to}), changed, constructed):
+        if message.to == to:
+            with pytest.raises(ValueError, match="room"):
+                run_in_thread(datadivr.broadcast(message))
+
+
+@pytest.mark.parametrize("room", BAD_ROOMS)
+def test_every_function_that_takes_a_room_refuses_a_bad_one(room: str) -> None:
+    calls: list[Callable[[], Any]] = [
+        lambda: datadivr.join_room("me", room),
+        lambda: datadivr.leave_room("me", room),
+    ]
+    if room:  # no room is all clients
+        calls.append(lambda: datadivr.list_clients(room=room))
+    for call in calls:
+
+        async def main(call: Callable[[], Any] = call) -> None:
+            await call()
+
+        with pytest.raises(ValueError, match="room"):
+            run_in_thread(main())
+
+
+GOOD_ROOMS = ["a", "x" * 100, "user:ada", "é漢😀", "all", "others", "a.b-c_d~", "%23?&+=", "{}"]
+
+
+@pytest.mark.parametrize("room", GOOD_ROOMS)
+def test_a_room_has_any_name_of_up_to_100_characters(
+    connect: Connect, server: Process, room: str
+) -> None:
+    member, sender = connect(), connect()
+    assert ask(member, "join", payload=[room], id=1)["event_name"] == "ok"
+    assert ask(sender, "join", payload=[room], id=1)["event_name"] == "ok"
+    sender_id = id_of(sender)
+    say(sender, "m", to=f"#{room}")
+    assert hear(member) == message_from(sender_id, "m", f"#{room}")
+    listed = ask(sender, "members", payload=room)["payload"]
+    assert listed == {id_of(member): [room], sender_id: [room]}
+
+
 mark_section("messages")
 
 
@@ -1887,7 +2152,7 @@ def test_a_handler_that_fails_gets_its_sender_an_error_without_internals(
 ) -> None:
     client = connect()
     text = f"The handler of '{event_name}' failed."
-    expected = error(id_of(client), "handler_error", text, event_name)
+    expected = error(id_of(client), "handler_error", text, event_name=event_name)
     assert ask(client, event_name) == expected
     assert ask(client, "double", payload=1)["payload"] == 2
 
@@ -1954,7 +2219,7 @@ def test_sum_event_answers_the_sum_as_a_float(connect: Connect, server: Process)
 def test_a_sum_of_something_else_gets_an_error_of_its_own(payload: Any, text: str) -> None:
     message = WebSocketMessage(event_name="sum_event", payload=payload, from_id="me")
     answer = asyncio.run(datadivr.sum_handler(message)).model_dump(exclude={"id"})
-    assert answer == error("me", "invalid_payload", text, "sum_event")
+    assert answer == error("me", "invalid_payload", text, event_name="sum_event")
 
 
 def test_a_number_beyond_what_a_float_can_be_has_no_sum() -> None:
@@ -2061,9 +2326,8 @@ def test_a_typed_handler_gets_its_payload_validated(
         ({"when": 5}, "payload.x: Field required"),
         (None, "payload: Input should be an object"),
     ]:
-        assert ask(client, "point", payload=payload) == error(
-            client_id, "invalid_payload", text, "point"
-        )
+        expected = error(client_id, "invalid_payload", text, event_name="point")
+        assert ask(client, "point", payload=payload) == expected
     assert "secret" not in str(logged)
 
 
@@ -2414,8 +2678,7 @@ def test_a_default_handlers_payloads_have_the_type_that_it_names(
 
     client = connect()
     assert ask(client, "m", payload=5, to="all")["payload"] == 5
-    fault = {"code": "invalid_payload", "event_name": "m"}
-    assert ask(client, "m", payload="x", to="all")["payload"] == fault
+    assert ask(client, "m", payload="x", to="all")["payload"]["code"] == "invalid_payload"
 
 
 def test_whatever_events_clients_make_up_the_default_handler_has_one_series_and_one_warning(
@@ -2565,6 +2828,326 @@ def test_an_http_exception_of_a_handler_is_an_answer_without_a_traceback(
     assert [record for record in records.all if record.exc_info] == []
 
 
+FAILED = ["broken", "wrong", "unencodable", "cancelled"]
+# What a member of the garden sends with the id 7, and the fields of the one answer that it gets.
+ANSWERED: list[tuple[Json, Json]] = [
+    ({"event_name": "double", "payload": 2}, {"event_name": "doubled", "payload": 4}),
+    ({"event_name": "thread"}, {"event_name": "thread", "payload": False}),
+    ({"event_name": "silent"}, {"event_name": "ok"}),
+    ({"event_name": "tell_others"}, {"event_name": "ok"}),
+    ({"event_name": "relay", "to": "all"}, {"event_name": "ok"}),
+    ({"event_name": "relay", "to": "others"}, {"event_name": "ok"}),
+    ({"event_name": "relay", "to": "#garden"}, {"event_name": "ok"}),
+    ({"event_name": "m", "to": "all"}, {"event_name": "ok"}),
+    ({"event_name": "m", "to": "others"}, {"event_name": "ok"}),
+    ({"event_name": "m", "to": "#garden"}, {"event_name": "ok"}),
+    ({"event_name": "m", "to": "#shed"}, {"event_name": "ok"}),  # where nobody else is
+    ({"event_name": "join", "payload": ["cellar"]}, {"event_name": "ok"}),
+    ({"event_name": "m", "to": "nobody"}, {"code": "unknown_recipient", "message": UNKNOWN}),
+    ({"event_name": "relay", "to": "nobody"}, {"code": "unknown_recipient", "message": UNKNOWN}),
+    ({"event_name": "m", "to": "#attic"}, {"code": "not_in_room"}),
+    ({"event_name": "relay", "to": "#attic"}, {"code": "not_in_room"}),
+    *(
+        ({"event_name": n}, {"code": "handler_error", "message": f"The handler of '{n}' failed."})
+        for n in FAILED
+    ),
+    (
+        {"event_name": "refuse", "to": "#garden"},
+        {"code": "refused", "status": 403, "message": "Not for you."},
+    ),
+    ({"event_name": "typed", "payload": "x"}, {"code": "invalid_payload"}),
+    ({"event_name": "publish_copy", "payload": "#a b"}, {"code": "handler_error"}),
+]
+# Messages that `publish` sends, and that `reply` returns, which answer nobody's question.
+for news in ({"to": "all"}, {"to": "#garden"}, {"to": "OTHER"}, {"to": "#nobody"}):
+    payload = {"event_name": "news", "payload": None, **news}
+    question = {"event_name": "publish", "payload": payload}
+    ANSWERED += [
+        (question, {"event_name": "ok"}),
+        ({**question, "event_name": "reply"}, {"event_name": "ok"}),
+    ]
+
+
+def complete(asker_id: str, message: Json, answer: Json, answered: Json) -> Json:
+    """Return the whole answer of a table; sentences that nobody promised are taken as they are."""
+    if "code" not in answer:
+        return message_from("server", to=asker_id, id=7, **answer)
+    known = {name: answer[name] for name in ("status",) if name in answer}
+    text = answer.get("message") or answered["message"]
+    assert text
+    name = message["event_name"]
+    return error(asker_id, answer["code"], text, event_name=name, id=7, **known)
+
+
+@pytest.mark.parametrize(("message", "answer"), ANSWERED, ids=json.dumps)
+def test_each_message_with_an_id_gets_exactly_one_answer_with_it(
+    connect: Connect, server: Process, message: Json, answer: Json
+) -> None:
+    asker, other = connect("/in?room=garden&room=shed"), connect("/in?room=garden")
+    ids = {"ASKER": id_of(asker), "OTHER": id_of(other)}
+
+    def fill(fields: Json) -> Json:
+        text = json.dumps(fields)
+        for name, client_id in ids.items():
+            text = text.replace(name, client_id)
+        return dict(json.loads(text))
+
+    asker.send(json.dumps(fill(message) | {"id": 7}))
+    (answered,) = with_ids(hear_all(asker))
+    assert answered == complete(ids["ASKER"], message, fill(answer), answered)
+    assert with_ids(hear_all(other)) == []  # who did not ask is not answered
+
+
+def test_an_answer_that_has_an_id_of_its_own_keeps_it_and_the_server_says_ok(
+    connect: Connect, server: Process
+) -> None:
+    asker, other = connect(), connect()
+    asker_id, other_id = id_of(asker), id_of(other)
+    for to, client in ((asker_id, asker), (other_id, other)):
+        news: Json = {"event_name": "news", "payload": 1, "to": to, "id": "own"}
+        say(asker, "reply", payload=news, id=7)
+        assert hear(client) == message_from("server", **news)
+        assert hear_all(asker) == [ok(asker_id, 7)]
+    assert hear_all(other) == []
+
+
+def test_an_answer_is_the_askers_in_whatever_case_its_id_is_written(
+    connect: Connect, server: Process
+) -> None:
+    asker = connect()
+    asker_id = id_of(asker)
+    news = {"event_name": "news", "payload": 1, "to": asker_id.upper()}
+    say(asker, "reply", payload=news, id=7)
+    (answer,) = hear_all(asker)
+    assert answer | {"to": asker_id} == message_from("server", "news", asker_id, payload=1, id=7)
+    say(asker, "m", to=asker_id.upper(), id=8)
+    (relayed,) = hear_all(asker)
+    assert (relayed["event_name"], relayed["id"]) == ("m", 8)
+
+
+def test_clients_ask_one_another_and_the_server_says_nothing(
+    connect: Connect, server: Process
+) -> None:
+    asker, other = connect(), connect()
+    asker_id, other_id = id_of(asker), id_of(other)
+    for event_name in ("question", "relay"):  # without a handler, and with one that returns it
+        say(asker, event_name, to=other_id, id=7)
+        assert hear(other) == message_from(asker_id, event_name, other_id, id=7)
+        say(other, "answer", payload=1, to=asker_id, id=7)
+        assert hear_all(other) == []
+        answer = message_from(other_id, "answer", asker_id, payload=1, id=7)
+        assert hear_all(asker) == [answer]
+
+
+@pytest.mark.parametrize("to", ["all", "others", "#garden"])
+@pytest.mark.parametrize("event_name", ["m", "relay"])
+def test_a_message_relayed_to_many_loses_its_id(
+    connect: Connect, server: Process, to: str, event_name: str
+) -> None:
+    asker, other = connect("/in?room=garden"), connect("/in?room=garden")
+    asker_id = id_of(asker)
+    say(asker, event_name, to=to, id=7)
+    relayed = message_from(asker_id, event_name, to)
+    assert hear(other) == relayed
+    assert hear_all(asker) == [relayed] * (to == "all") + [ok(asker_id, 7)]
+
+
+def test_a_message_that_a_handler_forwards_is_answered_once(
+    connect: Connect, server: Process
+) -> None:
+    asker, other = connect(), connect()
+    asker_id, other_id = id_of(asker), id_of(other)
+    say(asker, "forward", payload=other_id, id=7)
+    forwarded = hear(other)
+    assert forwarded["from_id"] == asker_id
+    # Either the other is asked in the asker's place, or the server has answered.
+    assert hear_all(asker) == ([] if "id" in forwarded else [ok(asker_id, 7)])
+    for to in ("all", "#garden"):
+        say(asker, "forward", payload=to, id=8)
+        assert "id" not in {message["event_name"]: message for message in hear_all(other)}
+        assert with_ids(hear_all(asker)) == [ok(asker_id, 8)]
+
+
+def test_ok_comes_after_what_its_handler_has_sent(connect: Connect, server: Process) -> None:
+    asker = connect("/in?room=garden")
+    asker_id = id_of(asker)
+    for number in range(3):
+        news = {"event_name": "news", "payload": number, "to": "#garden"}
+        say(asker, "publish", payload=news, id=number)
+    heard = [(message["event_name"], message.get("id")) for message in hear_all(asker)]
+    assert heard == [
+        ("news", None),
+        ("ok", 0),
+        ("news", None),
+        ("ok", 1),
+        ("news", None),
+        ("ok", 2),
+    ]
+    say(asker, "slow", payload=0.1, id="slow")
+    assert hear(asker) == message_from("server", "slept", asker_id, payload=0.1, id="slow")
+
+
+def test_an_id_used_twice_is_answered_twice(connect: Connect, server: Process) -> None:
+    asker = connect()
+    for _ in range(2):
+        say(asker, "silent", id=7)
+    assert hear_all(asker) == [ok(id_of(asker), 7)] * 2
+
+
+@pytest.mark.parametrize(
+    ("to", "returned", "answer"),
+    [
+        ("all", "message", "ok"),
+        ("others", "message", "ok"),
+        ("#garden", "message", "ok"),
+        ("#attic", "message", "not_in_room"),
+        ("OTHER", "message", None),
+        ("nobody", "message", "unknown_recipient"),
+        ("all", "None", "ok"),
+        ("OTHER", "None", "ok"),
+        ("all", "error", "forbidden"),
+        ("#attic", "error", "forbidden"),
+        ("all", "raised", "refused"),
+        ("#attic", "raised", "refused"),
+    ],
+)
+def test_a_message_that_the_default_handler_gets_is_answered_once(
+    connect: Connect, live: Live, to: str, returned: str, answer: str | None
+) -> None:
+    @datadivr.websocket_handler("$default")
+    async def default(message: WebSocketMessage) -> WebSocketMessage | None:
+        if returned == "raised":
+            raise fastapi.HTTPException(403, "Not for you.")
+        refusal = datadivr.create_error_message("No.", message.from_id, "forbidden")
+        return {"message": message, "error": refusal}.get(returned)
+
+    asker, other = connect(), connect()
+    other_id = id_of(other)
+    for client in (asker, other):
+        http.put(
+            f"http://127.0.0.1:{live.port}/clients/{id_of(client)}/rooms/garden", headers=ADMIN
+        )
+    say(asker, "m", to=to.replace("OTHER", other_id), id=7)
+    found = with_ids(hear_all(asker))
+    told = [(message["payload"] or {}).get("code", message["event_name"]) for message in found]
+    assert (told, [message["id"] for message in found]) == (([answer], [7]) if answer else ([], []))
+    heard = hear_all(other)
+    assert len(heard) == (returned == "message" and to in ("all", "others", "#garden", "OTHER"))
+    assert len(with_ids(heard)) == (answer is None)
+
+
+def test_a_handler_reads_the_id_of_its_message(connect: Connect, live: Live) -> None:
+    @datadivr.websocket_handler("read")
+    async def read(message: WebSocketMessage[int]) -> WebSocketMessage:
+        return datadivr.create_message("read", [message.payload, message.id], message.from_id)
+
+    assert ask(connect(), "read", payload=1, id="a")["payload"] == [1, "a"]
+    assert ask(connect(), "read", payload=1)["payload"] == [1, None]
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "text"),
+    [
+        (fastapi.HTTPException(403, "Only Ada may."), 403, "Only Ada may."),
+        (fastapi.HTTPException(409), 409, "Conflict"),
+        (StarletteHTTPException(404, "There is no such table."), 404, "There is no such table."),
+    ],
+)
+@pytest.mark.parametrize("plain", [False, True])
+def test_an_exception_of_http_tells_its_client_what_was_refused_and_leaves_no_traceback(
+    connect: Connect,
+    live: Live,
+    logged: list[Any],
+    raised: StarletteHTTPException,
+    status: int,
+    text: str,
+    plain: bool,
+) -> None:
+    async def refuse(message: WebSocketMessage) -> None:
+        raise raised
+
+    def refuse_in_a_thread(message: WebSocketMessage) -> None:
+        raise raised
+
+    datadivr.websocket_handler("refuse")(refuse_in_a_thread if plain else refuse)
+    before = metrics(live.port)['errors_total{type="refused"}']
+    client = connect()
+    client_id = id_of(client)
+    expected = error(client_id, "refused", text, event_name="refuse", status=status)
+    assert ask(client, "refuse") == expected
+    assert ask(client, "refuse", id=7) == expected | {"id": 7}
+    assert metrics(live.port)['errors_total{type="refused"}'] - before == 2
+    assert not any(entry.get("exc_info") for entry in logged)
+    assert "Traceback" not in repr(logged)
+
+
+def test_a_handler_lets_through_what_join_room_raises(connect: Connect, live: Live) -> None:
+    @datadivr.websocket_handler("invite")
+    async def invite(message: WebSocketMessage[str]) -> None:
+        await datadivr.join_room(message.payload, "garden")
+
+    client = connect()
+    answer = ask(client, "invite", payload="nobody", id=7)
+    text = "No client with this id is connected."
+    assert answer == error(id_of(client), "refused", text, event_name="invite", status=404, id=7)
+
+
+def test_an_exception_of_http_is_nothing_where_its_client_has_gone(
+    connect: Connect, live: Live, logged: list[Any]
+) -> None:
+    began, left, done = threading.Event(), threading.Event(), threading.Event()
+
+    @datadivr.websocket_handler("long")
+    async def long(message: WebSocketMessage) -> None:
+        began.set()
+        await asyncio.to_thread(left.wait, LIMIT)
+        await datadivr.join_room(message.from_id, "garden")
+
+    @datadivr.websocket_handler("$disconnect")
+    async def went(message: WebSocketMessage) -> None:
+        done.set()
+        raise fastapi.HTTPException(403, "Gone.")
+
+    before = metrics(live.port)
+    client = connect()
+    client_id = id_of(client)
+    say(client, "long", id=7)
+    assert began.wait(LIMIT)
+    http.delete(f"http://127.0.0.1:{live.port}/clients/{client_id}", headers=ADMIN)
+    left.set()
+    assert done.wait(LIMIT)
+    other = connect()
+    assert hear_all(other) == []  # the server has gone on
+    wait_until(lambda: client_id not in datadivr.clients.left, "its last handler")
+    after = metrics(live.port)
+    errors = {name for name in after if name.startswith("errors_total")}
+    assert [name for name in errors if after[name] != before[name]] == []
+    assert {entry["event"] for entry in logged} <= {"client_connected", "client_disconnected"}
+
+
+def test_an_exception_of_http_in_a_connect_handler_is_told_too(
+    connect: Connect, live: Live
+) -> None:
+    @datadivr.websocket_handler("$connect")
+    async def came(message: WebSocketMessage) -> None:
+        raise fastapi.HTTPException(403, "Too early.")
+
+    client = connect()
+    answer = hear(client)
+    known = {"event_name": "$connect", "status": 403}
+    assert answer == error(id_of(client), "refused", "Too early.", **known)
+
+
+@pytest.mark.parametrize("to", ["#garden", "#attic", "all", "nobody"])
+def test_a_handler_sees_a_message_first_wherever_it_is_addressed(
+    connect: Connect, server: Process, to: str
+) -> None:
+    asker, member = connect(), connect("/in?room=garden")
+    answer = ask(asker, "double", payload=2, to=to, id=7)
+    assert answer == message_from("server", "doubled", id_of(asker), payload=4, id=7)
+    assert hear_all(member) == []
+
+
 mark_section("handlers")
 
 
@@ -2624,7 +3207,8 @@ def test_the_metrics_agree_with_what_was_done(connect: Connect, live: Live) -> N
     assert change("messages_received_total", middle) == 6
     assert change("messages_sent_total", middle) == 11
     text = "No client with the id in `to` is connected."
-    told = json.dumps(error("x" * 36, "unknown_recipient", text, "x"), separators=(",", ":"))
+    expected = error("x" * 36, "unknown_recipient", text, event_name="x")
+    told = json.dumps(expected, separators=(",", ":"))
     assert change("bytes_sent_total", middle) == 10 * size + len(framing(told.encode()))
     assert change('errors_total{type="unknown_recipient"}', middle) == 1
     assert change('handler_seconds_count{event_name="whoami"}', before) == 2
@@ -2813,6 +3397,29 @@ def test_promtool_finds_no_fault_with_the_metrics(api: httpx.Client) -> None:
 def test_the_metrics_do_not_stumble_over_an_accept_header(api: httpx.Client, accept: str) -> None:
     answer = api.get("/metrics", headers={"Accept": accept})
     assert (answer.status_code, "datadivr_clients" in answer.text) == (200, True)
+
+
+def test_a_gauge_counts_the_rooms_that_have_members_here(connect: Connect, live: Live) -> None:
+    def rooms() -> float:
+        return metrics(live.port)["rooms"]
+
+    one, other = connect(), connect()
+    ids = [id_of(one), id_of(other)]
+    url = f"http://127.0.0.1:{live.port}/clients"
+    assert rooms() == 0
+    for client_id, room, count in [(0, "a", 1), (1, "a", 1), (1, "b", 2), (1, "b", 2)]:
+        http.put(f"{url}/{ids[client_id]}/rooms/{room}", headers=ADMIN)
+        assert rooms() == count
+    http.delete(f"{url}/{ids[1]}/rooms/b", headers=ADMIN)
+    assert rooms() == 1
+    one.close()
+    wait_until(lambda: total(live.port) == 1, "it to go")
+    assert rooms() == 1
+    other.close()
+    wait_until(lambda: rooms() == 0, "the last member to go")
+    text = http.get(f"http://127.0.0.1:{live.port}/metrics").text
+    assert "# TYPE datadivr_rooms gauge\n" in text
+    assert re.findall(r"^datadivr_rooms.*$", text, re.MULTILINE) == ["datadivr_rooms 0.0"]
 
 
 mark_section("metrics")
@@ -3353,7 +3960,7 @@ def test_uvicorns_legacy_protocol_drops_a_client_that_does_not_read_without_a_tr
 
             wait_until(drops, "it to be dropped")
         process.stop()
-    assert "Traceback" not in process.log
+    assert "Traceback" not in process.log, process.log
 
 
 @needs_sansio
@@ -3496,6 +4103,67 @@ def test_an_address_is_written_as_urls_write_it(peer: Any, address: str | None) 
     assert datadivr._format_address(websocket) == address
 
 
+def test_a_message_over_the_rate_has_an_error_with_its_id(
+    connect: Connect, live: Live, configure: Callable[..., None]
+) -> None:
+    configure(max_messages_per_second=1)
+    client = connect()
+    client_id = id_of(client)
+    (connected,) = datadivr.clients.values()
+    wait_until(lambda: time.monotonic() - connected.second_began > 1, "the second to end")
+    say(client, "m", id="first", to="all")
+    say(client, "m", id="second", to="all")
+    assert hear(client)["event_name"] == "m"
+    assert hear(client) == ok(client_id, "first")
+    answer = hear(client)
+    known = answer["payload"].pop("event_name", "m"), answer["payload"].pop("code")
+    assert (known, answer["payload"]) == (("m", "rate_limited"), {})
+    assert (answer["event_name"], answer["id"]) == ("error", "second")
+
+
+def test_each_message_over_the_rate_that_has_an_id_is_answered_once(
+    connect: Connect, live: Live, configure: Callable[..., None]
+) -> None:
+    client = connect()
+    id_of(client)
+    configure(max_messages_per_second=2)
+    for number in range(20):
+        say(client, "silent", id=number)
+    answers = [hear(client) for _ in range(20)]
+    assert sorted(answer["id"] for answer in answers) == list(range(20))
+    told = {answer["event_name"] for answer in answers}
+    assert told == {"ok", "error"}
+
+
+def test_a_clients_rooms_are_a_frozen_set_until_its_disconnect_has_run(
+    connect: Connect, live: Live
+) -> None:
+    seen: list[Any] = []
+
+    @datadivr.websocket_handler("$disconnect")
+    async def went(message: WebSocketMessage) -> None:
+        rooms = datadivr.clients[message.from_id].rooms
+        news = WebSocketMessage(event_name="went", to="#garden")
+        seen.append((rooms, await datadivr.broadcast(news)))
+
+    member, other = connect(), connect()
+    member_id, other_id = id_of(member), id_of(other)
+    assert datadivr.clients[member_id].rooms == frozenset()
+    url = f"http://127.0.0.1:{live.port}/clients"
+    for client_id, room in ((member_id, "garden"), (member_id, "kitchen"), (other_id, "garden")):
+        http.put(f"{url}/{client_id}/rooms/{room}", headers=ADMIN)
+    rooms = datadivr.clients[member_id].rooms
+    assert isinstance(rooms, frozenset)
+    assert rooms == {"garden", "kitchen"}
+    http.delete(f"{url}/{member_id}/rooms/kitchen", headers=ADMIN)
+    assert datadivr.clients[member_id].rooms == {"garden"}
+    member.close()
+    assert hear(other)["event_name"] == "went"
+    assert seen == [({"garden"}, 1)]  # it is in no room any more, and its rooms are known
+    listed = http.get(f"{url}?room=garden", headers=ADMIN).json()
+    assert [client["id"] for client in listed["clients"]] == [other_id]
+
+
 mark_section("clients")
 
 
@@ -3528,12 +4196,7 @@ def test_a_message_to_an_unknown_id_gets_its_sender_an_error(
     connect: Connect, server: Process
 ) -> None:
     client = connect()
-    expected = error(
-        id_of(client),
-        "unknown_recipient",
-        "No client with the id in `to` is connected.",
-        "hello",
-    )
+    expected = error(id_of(client), "unknown_recipient", UNKNOWN, event_name="hello")
     assert ask(client, "hello", to="nobody") == expected
 
 
@@ -3642,13 +4305,15 @@ class FanOut(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.room = datadivr._hub
+        self.hub = datadivr._hub
+        self.rooms: dict[str, set[datadivr.Client]] = {"a": set(), "b": set(), "c": set()}
         self.expected: dict[datadivr.Client, list[bytes]] = {}
         self.connections: dict[datadivr.Client, FakeConnection] = {}
         self.number = 0
         self.before = self._counted()
 
     def _counted(self) -> list[float]:
+        datadivr._hub.count_traffic()
         counters = datadivr._sent_total, datadivr._bytes_sent_total
         return [counter._value.get() for counter in counters]
 
@@ -3671,7 +4336,7 @@ class FanOut(RuleBasedStateMachine):
     def all(self, count: int, long: bool) -> None:
         for _ in range(count):
             message = self._message(long)
-            assert self.room.publish("all", message) == len(self.expected)
+            assert self.hub.publish("all", message) == len(self.expected)
             for expected in self.expected.values():
                 expected.append(message)
 
@@ -3679,7 +4344,7 @@ class FanOut(RuleBasedStateMachine):
     @rule(data=st.data(), long=st.booleans())
     def others(self, data: st.DataObject, long: bool) -> None:
         sender, message = self._one(data), self._message(long)
-        assert self.room.publish("others", message, sender) == len(self.expected) - 1
+        assert self.hub.publish("others", message, sender) == len(self.expected) - 1
         for client, expected in self.expected.items():
             if client is not sender:
                 expected.append(message)
@@ -3688,14 +4353,38 @@ class FanOut(RuleBasedStateMachine):
     @rule(data=st.data(), long=st.booleans())
     def direct(self, data: st.DataObject, long: bool) -> None:
         client, message = self._one(data), self._message(long)
-        assert self.room.publish(client.id, message) == 1
+        assert self.hub.publish(client.id, message) == 1
         self.expected[client].append(message)
+
+    @precondition(lambda self: self.expected)
+    @rule(data=st.data(), name=st.sampled_from("abc"), listen_only=st.booleans())
+    def join_room(self, data: st.DataObject, name: str, listen_only: bool) -> None:
+        client = self._one(data)
+        self.hub.join_room(client, name, listen_only)
+        self.rooms[name].add(client)
+        self._forget_closed()  # what was published before is written, and one that closes found
+
+    @precondition(lambda self: self.expected)
+    @rule(data=st.data(), name=st.sampled_from("abc"))
+    def leave_room(self, data: st.DataObject, name: str) -> None:
+        client = self._one(data)
+        self.hub.leave_room(client, name)
+        self.rooms[name].discard(client)
+        self._forget_closed()
+
+    @rule(data=st.data(), name=st.sampled_from("abc"), long=st.booleans(), sent=st.booleans())
+    def room(self, data: st.DataObject, name: str, long: bool, sent: bool) -> None:
+        sender = self._one(data) if sent and self.expected else None
+        message, recipients = self._message(long), self.rooms[name] - {sender}
+        assert self.hub.publish(f"#{name}", message, sender) == len(recipients)
+        for client in recipients:
+            self.expected[client].append(message)
 
     @precondition(lambda self: self.expected)
     @rule(data=st.data())
     def disconnect(self, data: st.DataObject) -> None:
         client = self._one(data)
-        self.room.remove(client, "admin", 1008, "bye")
+        self.hub.remove(client, "admin", 1008, "bye")
         self._gone(client)
         self._forget_closed()
         connection = self.connections[client]
@@ -3711,8 +4400,8 @@ class FanOut(RuleBasedStateMachine):
     def leave(self, data: st.DataObject) -> None:
         client = self._one(data)
         self.connections[client].closing = True
-        self.room.remove(client, "client")
-        del self.expected[client]
+        self.hub.remove(client, "client")
+        self._drop(client)
 
     @precondition(lambda self: self.expected)
     @rule(data=st.data())
@@ -3721,15 +4410,15 @@ class FanOut(RuleBasedStateMachine):
         if self.expected:
             client = self._one(data)
             self.connections[client].unsent_bytes = datadivr._settings().max_buffer_bytes + 1
-            self.room.publish(client.id, b"too much")
-            self.room.flush()
+            self.hub.publish(client.id, b"too much")
+            self.hub.flush()
             self._gone(client)
             connection = self.connections[client]
             assert connection.closed_with == ([] if connection.closing else [1013])
 
     @rule()
     def flush(self) -> None:
-        self.room.flush()
+        self.hub.flush()
         self._forget_closed()
         for client, expected in self.expected.items():
             if not self.connections[client].closing:
@@ -3746,7 +4435,7 @@ class FanOut(RuleBasedStateMachine):
             assert compressed == [can and len(message) >= 1024 for message in connection.received]
 
     def _gone(self, client: datadivr.Client) -> None:
-        expected = self.expected.pop(client)
+        expected = self._drop(client)
         connection = self.connections[client]
         assert connection.closing or connection.received == expected
 
@@ -3754,18 +4443,25 @@ class FanOut(RuleBasedStateMachine):
         """Forget those that a flush met closing, which it does where it had something for them."""
         for client in set(self.expected) - set(datadivr.clients.values()):
             assert self.connections[client].closing
-            del self.expected[client]
+            self._drop(client)
+
+    def _drop(self, client: datadivr.Client) -> list[bytes]:
+        for members in self.rooms.values():
+            members.discard(client)
+        return self.expected.pop(client)
 
     @invariant()
     def registry_is_right(self) -> None:
         assert set(datadivr.clients.values()) == set(self.expected)
+        for client in self.expected:
+            assert client.rooms == {name for name in self.rooms if client in self.rooms[name]}
 
     def teardown(self) -> None:
         try:
             self.flush()
         finally:
             for client in list(datadivr.clients.values()):
-                self.room.remove(client, "client")
+                self.hub.remove(client, "client")
 
 
 FanOut.TestCase.settings = hypothesis.settings(
@@ -3895,6 +4591,355 @@ def test_a_broadcast_in_a_process_without_a_server_says_so() -> None:
     """)
     assert "broadcast_to_nobody" in log
     assert "POST /messages" in log
+
+
+def test_a_message_to_a_room_reaches_its_members_but_the_sender(
+    connect: Connect, server: Process
+) -> None:
+    members = [connect("/in?room=garden&room=kitchen") for _ in range(3)]
+    stranger = connect("/in?room=kitchen")
+    sender_id = id_of(members[0])
+    say(members[0], "m", payload=1, to="#garden")
+    for member in members[1:]:
+        assert hear(member) == message_from(sender_id, "m", "#garden", payload=1)
+    assert [hear_all(client) for client in (*members, stranger)] == [[]] * 4
+
+
+@pytest.mark.parametrize("name", ["publish", "reply"])
+def test_a_handler_reaches_a_room_that_its_asker_is_not_in(
+    connect: Connect, server: Process, name: str
+) -> None:
+    asker, member = connect(), connect("/in?room=garden")
+    news: Json = {"event_name": "news", "payload": 1, "to": "#garden"}
+    say(asker, name, payload=news)
+    assert hear(member) == message_from("server", **news)
+    assert hear_all(asker) == []
+
+
+def test_broadcast_reaches_all_members_and_an_answer_all_but_the_asker(
+    connect: Connect, server: Process
+) -> None:
+    asker, member = connect("/in?room=garden"), connect("/in?room=garden")
+    news: Json = {"event_name": "news", "payload": 1, "to": "#garden"}
+    for name in ("publish", "reply"):
+        say(asker, name, payload=news)
+        assert hear(member) == message_from("server", **news)
+        assert len(hear_all(asker)) == (name == "publish")
+
+
+def test_broadcast_to_a_room_returns_how_many_and_leaves_out_its_sender(
+    connect: Connect, live: Live
+) -> None:
+    counts: list[int] = []
+
+    @datadivr.websocket_handler("count")
+    async def count(message: WebSocketMessage) -> None:
+        websocket = datadivr.clients[message.from_id].websocket
+        news = WebSocketMessage(event_name="news", to=message.payload)
+        counts.extend([await datadivr.broadcast(news), await datadivr.broadcast(news, websocket)])
+
+    member, other, stranger = connect(), connect(), connect()
+    for client in (member, other):
+        url = f"http://127.0.0.1:{live.port}/clients/{id_of(client)}/rooms/garden"
+        assert http.put(url, headers=ADMIN).status_code == 204
+    for client in (member, stranger):
+        say(client, "count", payload="#garden")
+        hear_all(client)
+    say(stranger, "count", payload="#nobody-is-here")
+    hear_all(stranger)
+    assert counts == [2, 1, 2, 2, 0, 0]
+
+
+@pytest.mark.parametrize("way", ["never in", "left", "listens only", "removed", "asks in capitals"])
+@pytest.mark.parametrize("event_name", ["m", "relay"])
+def test_who_is_not_in_a_room_or_may_only_listen_cannot_send_there(
+    connect: Connect, server: Process, way: str, event_name: str
+) -> None:
+    client, member = connect(), connect("/in?room=garden")
+    client_id = id_of(client)
+    url = f"http://127.0.0.1:{server.port}/clients/{client_id}/rooms/garden"
+    if way != "never in":
+        say(client, "join", payload=["garden", way == "listens only"])
+        assert hear_all(client) == []
+    if way == "left":
+        say(client, "leave", payload="garden")
+    elif way == "removed":
+        assert http.delete(url, headers=ADMIN).status_code == 204
+    to = "#GARDEN" if way == "asks in capitals" else "#garden"
+    say(client, event_name, to=to, id=7)
+    (answer,) = hear_all(client)
+    text = answer["message"]
+    assert text
+    assert answer == error(client_id, "not_in_room", text, event_name=event_name, id=7)
+    assert hear_all(member) == []
+    say(member, "m", to="#garden")
+    assert len(hear_all(member)) == 0
+    heard = [message["event_name"] for message in hear_all(client)]
+    assert heard == ["m"] * (way in ("listens only", "asks in capitals"))
+
+
+def test_joining_twice_and_leaving_what_one_is_not_in_change_nothing(
+    connect: Connect, server: Process
+) -> None:
+    client, member = connect(), connect("/in?room=garden")
+    client_id = id_of(client)
+    for name, payload in [("leave", "garden"), ("join", ["garden"]), ("join", ["garden"])]:
+        assert ask(client, name, payload=payload, id=7) == ok(client_id, 7)
+    say(member, "m", to="#garden")
+    assert hear(client)["event_name"] == "m"
+    assert hear_all(client) == []  # once
+    for _ in range(2):
+        assert ask(client, "leave", payload="garden", id=7) == ok(client_id, 7)
+    say(member, "m", to="#garden")
+    assert hear_all(member) == hear_all(client) == []
+
+
+def test_whoever_joins_again_may_speak_or_not_as_the_last_time_says(
+    connect: Connect, server: Process
+) -> None:
+    client, member = connect(), connect("/in?room=garden")
+    for listen_only in (True, False, True):
+        say(client, "join", payload=["garden", listen_only])
+        say(client, "m", to="#garden")
+        assert len(hear_all(client)) == listen_only  # an error, or nothing
+        assert len(hear_all(member)) == (not listen_only)
+    say(client, "leave", payload="garden")
+    say(client, "join", payload=["garden"])  # it begins anew
+    say(client, "m", to="#garden")
+    assert hear_all(client) == []
+    assert len(hear_all(member)) == 1
+
+
+def test_messages_to_all_to_rooms_and_to_one_arrive_in_the_order_sent(
+    connect: Connect, server: Process
+) -> None:
+    sender = connect("/in?room=garden&room=kitchen")
+    both, one = connect("/in?room=garden&room=kitchen"), connect("/in?room=garden")
+    both_id = id_of(both)
+    goals = ["#garden", "all", both_id, "#kitchen", "others"]
+    for number in range(300):
+        say(sender, "n", payload=number, to=goals[number % 5])
+    assert [hear(both)["payload"] for _ in range(300)] == list(range(300))
+    expected = [number for number in range(300) if number % 5 in (0, 1, 4)]
+    assert [message["payload"] for message in hear_all(one)] == expected
+
+
+def test_all_clients_see_one_order_whoever_speaks(connect: Connect, server: Process) -> None:
+    speakers = [connect("/in?room=garden") for _ in range(3)]
+    listeners = [connect("/in?room=garden") for _ in range(2)]
+    for client in listeners:
+        id_of(client)
+    for number in range(100):
+        for who, speaker in enumerate(speakers):
+            to = ("#garden", "all", "others")[number % 3]
+            say(speaker, "n", payload=[who, number], to=to)
+    orders = [[hear(listener)["payload"] for _ in range(300)] for listener in listeners]
+    assert orders[0] == orders[1]
+    for who in range(3):
+        assert [number for speaker, number in orders[0] if speaker == who] == list(range(100))
+
+
+def test_whoever_has_joined_hears_all_that_is_published_from_then_on(
+    connect: Connect, live: Live
+) -> None:
+    @datadivr.websocket_handler("come and go")
+    async def come_and_go(message: WebSocketMessage) -> WebSocketMessage:
+        number = itertools.count()
+
+        async def publish() -> int:
+            news = datadivr.create_message("n", next(number), "#garden")
+            return await datadivr.broadcast(news)
+
+        counts = [await publish()]
+        await datadivr.join_room(message.from_id, "garden")
+        counts.append(await publish())
+        await datadivr.leave_room(message.from_id, "garden")
+        counts.append(await publish())
+        await datadivr.join_room(message.from_id, "garden")
+        counts.append(await publish())
+        return datadivr.create_message("counts", counts, message.from_id)
+
+    client = connect()
+    say(client, "come and go", id=7)
+    heard = [(message["event_name"], message["payload"]) for message in hear_all(client)]
+    assert heard == [("n", 1), ("n", 3), ("counts", [0, 1, 0, 1])]
+
+
+def test_a_message_published_before_somebody_joins_is_not_for_it(
+    loop: FakeLoop, crowd: list[FakeConnection]
+) -> None:
+    hub, (one, other) = datadivr._hub, list(datadivr.clients.values())[:2]
+    for client, message in ((one, b"1"), (other, b"2")):
+        hub.join_room(client, "garden")
+        hub.publish("#garden", message)
+    hub.leave_room(one, "garden")
+    hub.publish("#garden", b"3")
+    hub.flush()
+    assert [connection.received for connection in crowd[:3]] == [[b"1", b"2"], [b"2", b"3"], []]
+
+
+def test_what_is_sent_to_a_room_is_framed_once_for_all_its_members(loop: FakeLoop) -> None:
+    framed: list[bytes] = []
+
+    def count(payload: bytes, *rest: int) -> bytes:
+        framed.append(payload)
+        return datadivr._frame_compressed(payload)
+
+    connections = [FakeConnection(count) for _ in range(50)]
+    for number, connection in enumerate(connections):
+        client = fake_client(connection)
+        datadivr._hub.join_room(client, f"half-{number % 2}")
+        datadivr._hub.join_room(client, "garden")
+    long = b"x" * 2000
+    datadivr._hub.publish("#garden", long)
+    datadivr._hub.publish("#half-0", long + b"0")
+    datadivr._hub.publish("all", long + b"1")
+    datadivr._hub.flush()
+    assert sorted(framed) == sorted([long, long + b"0", long + b"1"])
+    assert [len(connection.received) for connection in connections] == [3, 2] * 25
+    assert {first for connection in connections for first in connection.firsts} == {0xC1}
+
+
+def test_the_cost_of_many_rooms_of_one_grows_as_their_number_does(loop: FakeLoop) -> None:
+    """Not as its square, as in a prototype."""
+    for number in range(800):
+        client = fake_client(FakeConnection())
+        client.connection.write = lambda data: None  # type: ignore[method-assign]
+        datadivr._hub.join_room(client, f"user:{number}")
+
+    def seconds(rooms: int) -> float:
+        start = time.process_time()
+        for number in range(rooms):
+            datadivr._hub.publish(f"#user:{number}", b"x" * 100)
+        datadivr._hub.flush()
+        return time.process_time() - start
+
+    assert min(seconds(800) for _ in range(9)) < 8 * min(seconds(200) for _ in range(9))
+
+
+@pytest.mark.parametrize("name", ["here", "elsewhere"])
+def test_rooms_are_changed_and_listed_from_any_thread_and_loop(
+    connect: Connect, server: Process, name: str
+) -> None:
+    """In the server's loop (a handler), and in one of its own (a thread)."""
+    client = connect()
+    client_id = id_of(client)
+
+    def call(function: str, *arguments: Any) -> httpx.Response:
+        url = f"http://127.0.0.1:{server.port}/call/{function}"
+        return http.post(url, json=list(arguments), timeout=LIMIT)
+
+    if name == "here":
+        say(client, "join", payload=["garden"])
+        listed = ask(client, "members", payload="garden")
+        assert listed["payload"] == {client_id: ["garden"]}
+        return
+    assert call("join_room", client_id.upper(), "garden").json() is None
+    page = call("list_clients", 100, "", "garden").json()
+    assert [(found["id"], found["rooms"]) for found in page["clients"]] == [(client_id, ["garden"])]
+    assert call("broadcast", "news", 1, "#garden").json() == 1
+    assert hear(client) == message_from("server", "news", "#garden", payload=1)
+    assert call("leave_room", client_id, "garden").status_code == 200
+    assert call("broadcast", "news", 1, "#garden").json() == 0
+    for function in ("join_room", "leave_room"):
+        answer = call(function, "nobody", "garden")
+        assert (answer.status_code, answer.json()["detail"]) == (
+            404,
+            "No client with this id is connected.",
+        )
+    assert call("disconnect_client", client_id).status_code == 200
+    assert close_code(client) in (1008, 1006)  # granian loses the close frame
+    assert call("disconnect_client", client_id).status_code == 404
+
+
+CONVERSATION = st.lists(
+    st.one_of(
+        st.tuples(st.just("join"), st.integers(0, 3), st.sampled_from("abc"), st.booleans()),
+        st.tuples(st.just("leave"), st.integers(0, 3), st.sampled_from("abc")),
+        st.tuples(
+            st.just("say"),
+            st.integers(0, 3),
+            st.sampled_from(["all", "others", "#a", "#b", "#c", "0", "1", "2", "3", "nobody"]),
+            st.one_of(st.none(), st.integers(), st.text(max_size=3)),
+        ),
+    ),
+    max_size=30,
+)
+
+
+class Conversation:
+    """Four clients, one step after the other, and what a naive model says that each must hear."""
+
+    def __init__(self, sockets: list[ClientConnection]) -> None:
+        self.sockets = sockets
+        self.ids = [id_of(socket) for socket in sockets]
+        self.expected: list[list[Json]] = [[] for _ in sockets]
+        self.rooms: list[dict[str, bool]] = [{} for _ in sockets]  # whether it may speak there
+
+    def join(self, who: int, room: str, listen_only: bool) -> None:
+        say(self.sockets[who], "change", payload=["join_room", room, listen_only])
+        self.rooms[who][room] = not listen_only
+        self.expected[who].append(message_from("server", "changed", self.ids[who]))
+
+    def leave(self, who: int, room: str) -> None:
+        say(self.sockets[who], "change", payload=["leave_room", room])
+        self.rooms[who].pop(room, None)
+        self.expected[who].append(message_from("server", "changed", self.ids[who]))
+
+    def say(self, who: int, to: str, number: int | str | None) -> None:
+        to = self.ids[int(to)] if to.isdigit() else to
+        keys = {} if number is None else {"id": number}
+        say(self.sockets[who], "m", to=to, **keys)
+        relayed = message_from(self.ids[who], "m", to)
+        if to in self.ids:
+            self.expected[self.ids.index(to)].append(relayed | keys)
+            return
+        code = "unknown_recipient" if to == "nobody" else ""
+        if to[0] == "#" and not self.rooms[who].get(to[1:]):
+            code = "not_in_room"
+        if code:
+            told = error(self.ids[who], code, "", event_name="m", **keys)
+            self.expected[who].append(told)
+            return
+        for other, rooms in enumerate(self.rooms):
+            is_there = to[0] != "#" or to[1:] in rooms
+            if is_there and (other != who or to == "all"):
+                self.expected[other].append(relayed)
+        if number is not None:
+            self.expected[who].append(ok(self.ids[who], number))
+
+    def check(self, who: int) -> None:
+        """Have a client hear all up to now: its last step is over, then."""
+        heard = hear_all(self.sockets[who])
+        told = [
+            message | {"message": ""} if message["event_name"] == "error" else message
+            for message in heard
+        ]
+        assert told == self.expected[who]
+        self.expected[who].clear()
+
+
+@hypothesis.settings(
+    max_examples=40,
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
+@hypothesis.given(CONVERSATION)
+def test_any_conversation_is_heard_as_a_naive_model_says(live: Live, steps: list[Any]) -> None:
+    @datadivr.websocket_handler("change")
+    async def change(message: WebSocketMessage) -> WebSocketMessage:
+        name, *arguments = message.payload
+        await getattr(datadivr, name)(message.from_id, *arguments)
+        return datadivr.create_message("changed", None, message.from_id)
+
+    with contextlib.ExitStack() as stack:
+        url = f"ws://127.0.0.1:{live.port}/ws"
+        conversation = Conversation([stack.enter_context(dial(url)) for _ in range(4)])
+        for kind, who, *rest in steps:
+            getattr(conversation, kind)(who, *rest)
+            conversation.check(who)
+        for who in range(4):
+            conversation.check(who)
 
 
 def in_a_thread(function: Callable[..., Any], *args: Any) -> Any:
@@ -4277,9 +5322,9 @@ def test_what_is_not_a_message_gets_an_error_that_names_the_field(
     client_id = id_of(client)
     client.send(text)
     answer = hear(client)
-    about = answer["payload"].get("event_name")
-    assert answer == error(client_id, "invalid_message", answer["message"], about)
-    assert about is None or repr(about).replace("'", '"') in str(text)
+    known = {key: name for key, name in answer["payload"].items() if key == "event_name"}
+    assert answer == error(client_id, "invalid_message", answer["message"], **known)
+    assert all(json.dumps(name) in str(text) for name in known.values())
     assert answer["message"].startswith(expected)
     assert id_of(client) == client_id
 
@@ -4309,7 +5354,8 @@ def test_a_client_that_floods_yields_after_16_messages(loop: FakeLoop) -> None:
             return {"type": "websocket.receive", "text": '{"event_name": "x"}'}
 
         connection.receive = receive  # type: ignore[attr-defined]
-        serving = asyncio.create_task(datadivr._read_messages(fake_client(connection)))
+        client = fake_client(connection)
+        client.task = serving = asyncio.create_task(datadivr._read_messages(client))
         while not serving.done():
             seen.append(len(received))
             await asyncio.sleep(0)
@@ -4741,6 +5787,126 @@ def test_what_a_hosts_own_authorization_refuses_is_counted_and_logged_once_a_min
         assert len(records.named(code)) == 1
 
 
+def room_host(rooms: Any) -> fastapi.FastAPI:
+    """Return an application whose log-in function puts its clients into rooms."""
+    host = fastapi.FastAPI()
+    host.include_router(datadivr.router)
+
+    async def log_in(websocket: fastapi.WebSocket) -> None:
+        websocket.state.rooms = rooms
+
+    host.dependency_overrides[datadivr.authorize_client] = log_in
+    return host
+
+
+@pytest.mark.parametrize(
+    "rooms", [{"garden", "user:ada"}, ["garden", "user:ada"], frozenset({"garden", "user:ada"})]
+)
+def test_whoever_logs_in_is_in_its_rooms_before_anything_else_happens(
+    registry: None, rooms: Any
+) -> None:
+    seen: list[Any] = []
+
+    @datadivr.websocket_handler("$connect")
+    async def came(message: WebSocketMessage) -> WebSocketMessage:
+        seen.append(datadivr.clients[message.from_id].rooms)
+        news = datadivr.create_message("hello", None, "#user:ada")
+        seen.append(await datadivr.broadcast(news))
+        return datadivr.create_message("came", None, "#garden")
+
+    with TestClient(room_host(rooms), headers=ADMIN) as client:
+        with client.websocket_connect("/ws") as one, client.websocket_connect("/ws") as two:
+            assert [one.receive_json()["event_name"] for _ in range(3)] == [
+                "hello",
+                "hello",
+                "came",
+            ]
+            assert two.receive_json()["event_name"] == "hello"
+            page = client.get("/clients", params={"room": "user:ada"}).json()
+            assert [told["rooms"] for told in page["clients"]] == [["garden", "user:ada"]] * 2
+        assert client.get("/clients", params={"room": "user:ada"}).json()["clients"] == []
+    assert seen == [{"garden", "user:ada"}, 1, {"garden", "user:ada"}, 2]
+
+
+@pytest.mark.parametrize("rooms", [{"a b"}, {""}, {"#garden"}, {"x\nall - {}"}, {5}, "user:ada"])
+def test_whoever_logs_in_with_a_bad_room_does_not_get_in(registry: None, rooms: Any) -> None:
+    ran: list[str] = []
+
+    @datadivr.websocket_handler("$connect")
+    async def came(message: WebSocketMessage) -> None:
+        ran.append(message.from_id)
+
+    host = room_host(rooms)
+    with (
+        TestClient(host) as client,
+        pytest.raises((ValueError, TypeError)),
+        client.websocket_connect("/ws") as session,
+    ):
+        session.receive_json()
+    assert (ran, datadivr.clients) == ([], {})
+
+
+def test_a_bad_room_of_one_client_is_logged_and_disturbs_nobody_else(
+    registry: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    host, rooms = fastapi.FastAPI(), iter([{"garden"}, {"bad room"}, {"garden"}])
+    host.include_router(datadivr.router)
+
+    async def log_in(websocket: fastapi.WebSocket) -> None:
+        websocket.state.rooms = next(rooms)
+
+    host.dependency_overrides[datadivr.authorize_client] = log_in
+    with Live(host) as running:
+        url = f"ws://127.0.0.1:{running.port}/ws"
+        with dial(url) as one:
+            one_id = id_of(one)
+            with pytest.raises((InvalidStatus, ConnectionClosed)), dial(url) as bad:
+                bad.recv(timeout=LIMIT)
+            wait_until(lambda: len(datadivr.clients) == 1, "it to be out")
+            with dial(url) as other:
+                say(one, "m", to="#garden")
+                assert hear(other) == message_from(one_id, "m", "#garden")
+        assert "bad room" in caplog.text
+    assert datadivr.clients == {}
+
+
+def test_rooms_work_in_a_test_client() -> None:
+    with (
+        TestClient(datadivr.app, headers=ADMIN) as client,
+        client.websocket_connect("/ws") as one,
+        client.websocket_connect("/ws") as other,
+    ):
+        ids = []
+        for session in (one, other):
+            session.send_json({"event_name": "whoami", "id": 1})
+            ids.append(session.receive_json()["payload"])
+            assert client.put(f"/clients/{ids[-1]}/rooms/garden").status_code == 204
+        one.send_json({"event_name": "m", "to": "#garden", "id": 2})
+        assert one.receive_json() == ok(ids[0], 2)
+        assert other.receive_json() == message_from(ids[0], "m", "#garden")
+        body = {"event_name": "news", "to": "#garden"}
+        assert client.post("/messages", json=body).json() == {"recipients": 2, "partial": False}
+        assert client.delete(f"/clients/{ids[0]}/rooms/garden").status_code == 204
+        one.receive_json()
+        one.send_json({"event_name": "m", "to": "#garden", "id": 3})
+        answer = one.receive_json()
+        assert (answer["payload"]["code"], answer["id"]) == ("not_in_room", 3)
+    assert datadivr.clients == {}
+
+
+def test_whoever_goes_leaves_all_rooms(connect: Connect, server: Process) -> None:
+    url = f"http://127.0.0.1:{server.port}"
+    stayer = connect("/in?room=garden")
+    with dial(f"ws://127.0.0.1:{server.port}/in?room=garden&room=shed") as goer:
+        id_of(goer)
+        listed = http.get(f"{url}/clients?room=garden", headers=ADMIN).json()
+        assert (listed["total"], len(listed["clients"])) == (2, 2)
+    wait_until(lambda: total(server.port) == 1, "it to go")
+    for room, expected in (("garden", [id_of(stayer)]), ("shed", [])):
+        listed = http.get(f"{url}/clients", params={"room": room}, headers=ADMIN).json()
+        assert [client["id"] for client in listed["clients"]] == expected
+
+
 mark_section("endpoint")
 
 
@@ -5160,6 +6326,169 @@ def test_a_body_over_the_limit_is_told_which_setting_decides(api: httpx.Client) 
     assert "DATADIVR_MAX_MESSAGE_BYTES" in answer.json()["detail"]
 
 
+def test_a_client_joins_and_leaves_a_room_by_the_api(connect: Connect, server: Process) -> None:
+    member, client = connect("/in?room=garden"), connect()
+    client_id = id_of(client)
+    with httpx.Client(base_url=f"http://127.0.0.1:{server.port}", headers=ADMIN) as api:
+        url = f"/clients/{client_id.upper()}/rooms/garden"
+        for _ in range(2):
+            answer = api.put(url)
+            assert (answer.status_code, answer.content) == (204, b"")
+        assert api.get(f"/clients/{client_id}").json()["rooms"] == ["garden"]
+        say(client, "m", to="#garden")
+        assert hear(member)["event_name"] == "m"
+        assert api.put(url, params={"listen_only": True}).status_code == 204
+        assert ask(client, "m", to="#garden")["payload"]["code"] == "not_in_room"
+        for _ in range(2):
+            answer = api.delete(url)
+            assert (answer.status_code, answer.content) == (204, b"")
+        assert api.get(f"/clients/{client_id}").json()["rooms"] == []
+        say(member, "m", to="#garden")
+        hear_all(member)
+        assert hear_all(client) == []
+
+
+@pytest.mark.parametrize("room", GOOD_ROOMS)
+def test_a_room_of_any_name_is_in_the_path_and_in_the_list(
+    connect: Connect, live: Live, room: str
+) -> None:
+    client_id = id_of(connect())
+    with httpx.Client(base_url=f"http://127.0.0.1:{live.port}", headers=ADMIN) as api:
+        url = f"/clients/{client_id}/rooms/{quote(room, safe='')}"
+        assert api.put(url).status_code == 204
+        page = api.get("/clients", params={"room": room}).json()
+        assert [client["rooms"] for client in page["clients"]] == [[room]]
+        body = {"event_name": "news", "to": f"#{room}"}
+        assert api.post("/messages", json=body).json() == {"recipients": 1, "partial": False}
+        assert api.delete(url).status_code == 204
+        assert api.get("/clients", params={"room": room}).json()["total"] == 0
+
+
+@pytest.mark.parametrize("method", ["PUT", "DELETE"])
+def test_the_routes_of_rooms_refuse_what_they_cannot_do(
+    connect: Connect, live: Live, method: str
+) -> None:
+    client_id = id_of(connect())
+    with httpx.Client(base_url=f"http://127.0.0.1:{live.port}") as api:
+        url = f"/clients/{client_id}/rooms/garden"
+        answer = api.request(method, url)
+        assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
+        answer = api.request(method, "/clients/nobody/rooms/garden", headers=ADMIN)
+        detail = "No client with this id is connected."
+        assert (answer.status_code, answer.json()) == (404, {"detail": detail})
+        for room in ("a b", "a\n", "a\u2028b", "#a", "a#b", "x" * 101, "a\x00", "x\nall - {}"):
+            bad = f"/clients/{client_id}/rooms/{quote(room, safe='')}"
+            assert api.request(method, bad, headers=ADMIN).status_code == 422, room
+        if method == "PUT":
+            wrong = api.request(method, url, headers=ADMIN, params={"listen_only": "perhaps"})
+            assert wrong.status_code == 422
+    assert datadivr.clients[client_id].rooms == frozenset()
+
+
+@pytest.mark.parametrize("room", [room for room in BAD_ROOMS if room not in ("", "\ud800")])
+def test_a_bad_room_is_refused_by_the_list_and_by_an_announcement(
+    api: httpx.Client, room: str
+) -> None:
+    assert api.get("/clients", params={"room": room}).status_code == 422
+    answer = api.post("/messages", json={"event_name": "x", "to": f"#{room}"})
+    assert answer.status_code == 422
+    assert '"to"' in answer.text
+
+
+def test_an_announcement_to_a_room_reaches_its_members_if_there_are_any(
+    connect: Connect, server: Process
+) -> None:
+    member, stranger = connect("/in?room=garden"), connect()
+    id_of(member), id_of(stranger)
+    url = f"http://127.0.0.1:{server.port}/messages"
+    for room, recipients in (("garden", 1), ("cellar", 0)):
+        body = {"event_name": "news", "payload": 1, "to": f"#{room}"}
+        answer = http.post(url, json=body, headers=ADMIN)
+        expected = {"recipients": recipients, "partial": False}
+        assert (answer.status_code, answer.json()) == (202, expected)
+    assert hear_all(member) == [message_from("server", "news", "#garden", payload=1)]
+    assert hear_all(stranger) == []
+    assert http.post(url, json={"event_name": "x", "to": "#"}, headers=ADMIN).status_code == 422
+
+
+def test_the_list_of_a_room_has_its_members_with_their_rooms_sorted(
+    connect: Connect, server: Process
+) -> None:
+    gardeners = [connect("/in?room=garden&room=b&room=a&room=C") for _ in range(5)]
+    connect("/in?room=kitchen")
+    ids = [id_of(client) for client in gardeners]
+    with httpx.Client(base_url=f"http://127.0.0.1:{server.port}", headers=ADMIN) as api:
+        first = api.get("/clients", params={"room": "garden", "limit": 3}).json()
+        rest = api.get("/clients", params={"room": "garden", "after": first["next"]}).json()
+        assert [client["id"] for page in (first, rest) for client in page["clients"]] == ids
+        assert (first["total"], first["partial"], rest["next"]) == (5, False, None)
+        assert {tuple(client["rooms"]) for client in first["clients"]} == {
+            ("C", "a", "b", "garden")
+        }
+        assert api.get("/clients").json()["total"] == 6
+        assert api.get("/clients", params={"room": "cellar"}).json() == {
+            "total": 0,
+            "next": None,
+            "partial": False,
+            "clients": [],
+        }
+
+
+def test_list_clients_returns_pages_of_clients_to_handlers(connect: Connect, live: Live) -> None:
+    pages: list[datadivr.ClientPage] = []
+
+    @datadivr.websocket_handler("look")
+    async def look(message: WebSocketMessage) -> None:
+        await datadivr.join_room(message.from_id, "garden")
+        first = await datadivr.list_clients(limit=1)
+        pages.extend([first, await datadivr.list_clients(100, first.next or "", "garden")])
+
+    clients = [connect(), connect()]
+    ids = [id_of(client) for client in clients]
+    assert ask(clients[1], "look", id=1)["event_name"] == "ok"
+    assert all(isinstance(page, datadivr.ClientPage) for page in pages)
+    assert all(isinstance(page.clients[0], datadivr.ClientInfo) for page in pages)
+    assert [(page.total, page.clients[0].id, page.clients[0].rooms) for page in pages] == [
+        (2, ids[0], []),
+        (1, ids[1], ["garden"]),
+    ]
+
+
+def test_openapi_describes_rooms(api: httpx.Client) -> None:
+    document = api.get("/openapi.json").json()
+    path = document["paths"]["/clients/{client_id}/rooms/{room}"]
+    for method in ("put", "delete"):
+        assert set(path[method]["responses"]) == {"204", "401", "404", "422", "503"}
+        assert path[method]["security"] == [{"HTTPBearer": []}]
+    names = {parameter["name"] for parameter in path["put"]["parameters"]}
+    assert names == {"client_id", "room", "listen_only"}
+    parameters = document["paths"]["/clients"]["get"]["parameters"]
+    assert {parameter["name"] for parameter in parameters} == {"limit", "after", "room"}
+    assert "rooms" in document["components"]["schemas"]["ClientInfo"]["properties"]
+
+
+@pytest.mark.parametrize("spell", [str.upper, str.title])
+def test_an_id_is_the_same_in_whatever_case_it_is_written(
+    connect: Connect, server: Process, spell: Callable[[str], str]
+) -> None:
+    client, sender = connect(), connect()
+    client_id = id_of(client)
+    spelled = spell(client_id)
+    assert spelled != client_id
+    say(sender, "m", to=spelled)
+    assert hear(client)["event_name"] == "m"
+    with httpx.Client(base_url=f"http://127.0.0.1:{server.port}", headers=ADMIN) as api:
+        assert api.get(f"/clients/{spelled}").json()["id"] == client_id
+        body = {"event_name": "news", "to": spelled}
+        assert api.post("/messages", json=body).json()["recipients"] == 1
+        assert hear(client)["event_name"] == "news"
+        assert api.put(f"/clients/{spelled}/rooms/garden").status_code == 204
+        assert api.get(f"/clients/{client_id}").json()["rooms"] == ["garden"]
+        assert api.delete(f"/clients/{spelled}/rooms/garden").status_code == 204
+        assert api.delete(f"/clients/{spelled}").status_code == 204
+    assert close_code(client) in (1008, 1006)  # granian loses the close frame
+
+
 mark_section("admin")
 
 
@@ -5438,6 +6767,7 @@ class Node(Process):
     def __init__(
         self, url: str, folder: Path = ROOT, app: str = "datadivr:app", **variables: Any
     ) -> None:
+        self.folder = folder
         command = ["-m", "uvicorn", app, "--port", "{port}", "--log-level", "warning"]
         super().__init__(*command, cwd=folder, DATADIVR_REDIS_URL=url, **variables)
         self.wait_until_up()
@@ -5461,6 +6791,7 @@ class Node(Process):
         super().__exit__()
 
 
+FAILED_HANDLER = r"^.*\bhandler_error\b.*\n(?:(?!\d{4}-|[A-Z]+:).*\n?)*"
 Cluster = tuple[RedisServer, Node, Node]
 Pair = tuple[ClientConnection, ClientConnection]
 
@@ -5477,7 +6808,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     ):
         yield server, one, two
         for node in (one, two):
-            assert "Traceback" not in node.log, node.log
+            # A test may have a handler fail, whose traceback is logged.
+            rest = re.sub(FAILED_HANDLER, "", node.log, flags=re.MULTILINE)
+            assert "Traceback" not in rest, node.log
 
 
 @pytest.fixture
@@ -5492,8 +6825,8 @@ def pair(cluster: Cluster) -> Iterator[Pair]:
         yield here, there
 
 
-def dial_node(node: Node) -> ClientConnection:
-    client: ClientConnection = dial(f"ws://127.0.0.1:{node.port}/ws", max_size=None, **UNBOUNDED)
+def dial_node(node: Node, path: str = "/ws") -> ClientConnection:
+    client: ClientConnection = dial(f"ws://127.0.0.1:{node.port}{path}", max_size=None, **UNBOUNDED)
     return client
 
 
@@ -5573,8 +6906,8 @@ def test_a_message_to_an_id_that_is_nowhere_gets_its_sender_an_error(
     here, there = pair
     client_id, there_id = id_of(here), id_of(there)
     unknown = there_id[:-8] + "00000000" if "client" in named else "00000000" + there_id[8:]
-    text = "No client with the id in `to` is connected."
-    assert ask(here, "m", to=unknown) == error(client_id, "unknown_recipient", text, "m")
+    expected = error(client_id, "unknown_recipient", UNKNOWN, event_name="m")
+    assert ask(here, "m", to=unknown) == expected
     assert (
         cluster[1].api.post("/messages", json={"event_name": "m", "to": unknown}).status_code == 404
     )
@@ -5882,10 +7215,7 @@ def test_a_killed_nodes_clients_are_gone_and_nobody_else_is_disturbed(
         start = time.monotonic()
         wait_until(lambda: one.ids() == two.ids() == {here_id, there_id}, "them to go")
         assert time.monotonic() - start < 2
-        assert ask(here, "m", to=doomed_id)["payload"] == {
-            "code": "unknown_recipient",
-            "event_name": "m",
-        }
+        assert ask(here, "m", to=doomed_id)["payload"]["code"] == "unknown_recipient"
         say(here, "m")
         assert hear(there)["event_name"] == "m"
         assert not one.api.get("/clients").json()["partial"]
@@ -5947,10 +7277,7 @@ def test_a_prefix_keeps_two_installations_apart(pair: Pair, cluster: Cluster) ->
     with Node(cluster[0].url, DATADIVR_REDIS_PREFIX="other") as node, dial_node(node) as stranger:
         stranger_id = id_of(stranger)
         assert node.ids() == {stranger_id}
-        assert ask(here, "m", to=stranger_id)["payload"] == {
-            "code": "unknown_recipient",
-            "event_name": "m",
-        }
+        assert ask(here, "m", to=stranger_id)["payload"]["code"] == "unknown_recipient"
         say(here, "m", to="all")
         assert hear(there)["event_name"] == "m"
         assert ask(stranger, "mine", to="all")["event_name"] == "mine"  # and nothing before it
@@ -6010,11 +7337,15 @@ def test_a_redis_that_one_may_not_publish_to_is_lost_once() -> None:
             assert joins(node.log) == (1, 1)
 
 
-START = "import datadivr; from fastapi.testclient import TestClient; TestClient(datadivr.app).__enter__()"
+START = """
+import datadivr
+from fastapi.testclient import TestClient
+TestClient(datadivr.app).__enter__()
+"""
 
 
 def run_with_redis(url: str, script: str = "pass") -> str:
-    command = [sys.executable, "-c", f"import sys; {script}; {START}"]
+    command = [sys.executable, "-c", f"import sys; {script}\n{START}"]
     return subprocess.run(
         command, env=environment(DATADIVR_REDIS_URL=url), capture_output=True, text=True
     ).stderr
@@ -6359,6 +7690,394 @@ def test_the_cluster_is_left_though_a_hosts_lifespan_fails_at_the_stop(cluster: 
     assert log_of(script, **variables) == "True\nthe host's True\n"
 
 
+@pytest.fixture
+def gardeners(pair: Pair, cluster: Cluster) -> Iterator[Pair]:
+    """Connect a client in the room "garden" to each node, beside the pair that is in none."""
+    _, one, two = cluster
+    path = "/in?room=garden"
+    with dial_node(one, path) as here, dial_node(two, path) as there:
+        id_of(here), id_of(there)
+        yield here, there
+
+
+def settled(*clients: ClientConnection) -> list[list[Json]]:
+    """Return what clients of several nodes have been sent until a message of each has arrived."""
+    for number, sender in enumerate(clients):
+        say(sender, "settle", payload=[number, id(sender)], to="all")
+    heard: list[list[Json]] = []
+    for client in clients:
+        messages: list[Json] = []
+        while sum(message["event_name"] == "settle" for message in messages) < len(clients):
+            messages.append(hear(client))
+        heard.append([message for message in messages if message["event_name"] != "settle"])
+    return heard
+
+
+def test_a_room_has_its_members_on_every_node(pair: Pair, gardeners: Pair) -> None:
+    here, there = gardeners
+    relayed = message_from(id_of(here), "m", "#garden", payload="ü\n")
+    say(here, "m", payload="ü\n", to="#garden", id=7)
+    assert settled(here, there, *pair) == [[ok(id_of(here), 7)], [relayed], [], []]
+
+
+@pytest.mark.parametrize("way", ["publish", "reply", "POST", "a thread"])
+def test_a_room_is_reached_from_a_node_that_has_no_member(
+    pair: Pair, cluster: Cluster, way: str
+) -> None:
+    here, there = pair
+    news: Json = {"event_name": "news", "payload": 1, "to": "#garden"}
+    with dial_node(cluster[2], "/in?room=garden") as member:
+        id_of(member)
+        if way == "POST":
+            answer = cluster[1].api.post("/messages", json=news)
+            expected: Any = {"recipients": 1, "partial": False}
+            assert (answer.status_code, answer.json()) == (202, expected)
+        elif way == "a thread":
+            assert cluster[1].api.post("/call/broadcast", json=list(news.values())).json() == 0
+        else:
+            say(here, way, payload=news)
+        heard = settled(here, there, member)
+    assert heard == [[], [], [message_from("server", **news)]]
+
+
+def test_an_announcement_counts_a_rooms_members_on_all_nodes(
+    cluster: Cluster, gardeners: Pair
+) -> None:
+    for room, recipients in (("garden", 2), ("cellar", 0)):
+        answer = cluster[1].api.post("/messages", json={"event_name": "x", "to": f"#{room}"})
+        assert (answer.status_code, answer.json()["recipients"]) == (202, recipients)
+
+
+@pytest.mark.parametrize("way", ["route", "thread"])
+def test_a_client_is_put_into_a_room_and_out_of_it_from_any_node(
+    pair: Pair, cluster: Cluster, gardeners: Pair, way: str
+) -> None:
+    _, one, two = cluster
+    here, there = pair
+    there_id = id_of(there)
+
+    def change(method: str, listen_only: bool = False) -> int:
+        if way == "route":
+            url, query = f"/clients/{there_id.upper()}/rooms/garden", {"listen_only": listen_only}
+            return one.api.request(method, url, params=query).status_code
+        if method == "PUT":
+            body = [there_id.upper(), "garden", listen_only]
+            return one.api.post("/call/join_room", json=body).status_code
+        return one.api.post("/call/leave_room", json=[there_id.upper(), "garden"]).status_code
+
+    done = 204 if way == "route" else 200
+    assert change("PUT", listen_only=True) == done
+    assert ask(there, "m", to="#garden")["payload"]["code"] == "not_in_room"
+    assert change("PUT") == done
+    assert two.api.get(f"/clients/{there_id}").json()["rooms"] == ["garden"]
+    say(there, "m", payload=1, to="#garden")
+    assert hear(gardeners[0]) == message_from(there_id, "m", "#garden", payload=1)
+    assert [change("DELETE"), change("DELETE")] == [done] * 2
+    assert ask(there, "m", to="#garden")["payload"]["code"] == "not_in_room"
+    assert settled(here, there)[0] == []
+
+
+def test_every_node_lists_a_rooms_members_on_all_nodes(
+    pair: Pair, cluster: Cluster, gardeners: Pair
+) -> None:
+    ids = [id_of(client) for client in gardeners]
+    for node in cluster[1:]:
+        page = node.api.get("/clients", params={"room": "garden"}).json()
+        listed = {client["id"]: client["rooms"] for client in page["clients"]}
+        assert listed == {client_id: ["garden"] for client_id in ids}
+        assert (page["total"], page["partial"], page["next"]) == (2, False, None)
+        first = node.api.get("/clients", params={"room": "garden", "limit": 1}).json()
+        assert [client["id"] for client in first["clients"]] == ids[:1]
+        threaded = node.api.post("/call/list_clients", json=[100, first["next"], "garden"]).json()
+        assert [client["id"] for client in threaded["clients"]] == ids[1:]
+    assert ask(pair[0], "members", payload="garden")["payload"] == {
+        client_id: ["garden"] for client_id in ids
+    }
+
+
+def test_a_node_that_does_not_answer_is_a_503_to_whoever_changes_its_clients_rooms(
+    pair: Pair, cluster: Cluster
+) -> None:
+    there_id = id_of(pair[1])
+    url = f"/clients/{there_id}/rooms/garden"
+    with paused(cluster[2]):
+        assert [cluster[1].api.put(url).status_code, cluster[1].api.delete(url).status_code] == [
+            503,
+            503,
+        ]
+        answer = ask(pair[0], "join", payload=["garden"], id=7)  # one's own client is here
+        assert answer == ok(id_of(pair[0]), 7)
+    for unknown in (there_id[:-8] + "00000000", "nobody", "x\nall - {}"):
+        url = f"/clients/{quote(unknown, safe='')}/rooms/garden"
+        assert cluster[1].api.put(url).status_code == 404
+
+
+@pytest.mark.parametrize("named", ["a client that left", "a node that is not there", "nobody"])
+def test_a_question_to_nobody_has_its_one_answer_whichever_node_says_so(
+    pair: Pair, named: str
+) -> None:
+    here, there = pair
+    here_id, there_id = id_of(here), id_of(there)
+    unknown = {
+        "a client that left": there_id[:-8] + "00000000",
+        "a node that is not there": "00000000" + there_id[8:],
+        "nobody": "nobody",
+    }[named]
+    for number in (7, "7", 0, ""):
+        expected = error(here_id, "unknown_recipient", UNKNOWN, event_name="m", id=number)
+        assert ask(here, "m", to=unknown, id=number) == expected
+    assert settled(here, there) == [[], []]
+
+
+def test_clients_of_two_nodes_ask_one_another(pair: Pair) -> None:
+    here, there = pair
+    here_id, there_id = id_of(here), id_of(there)
+    for to in (there_id, there_id.upper()):
+        say(here, "question", to=to, id=7)
+        question = hear(there)
+        assert question | {"to": there_id} == message_from(here_id, "question", there_id, id=7)
+        say(there, "answer", to=here_id, id=7)
+        assert hear(here) == message_from(there_id, "answer", here_id, id=7)
+    assert settled(here, there) == [[], []]
+
+
+@pytest.mark.parametrize("to", ["all", "others", "#garden"])
+def test_a_message_relayed_to_many_loses_its_id_on_every_node(gardeners: Pair, to: str) -> None:
+    here, there = gardeners
+    here_id = id_of(here)
+    say(here, "m", to=to, id=7)
+    relayed = message_from(here_id, "m", to)
+    assert settled(here, there) == [[relayed] * (to == "all") + [ok(here_id, 7)], [relayed]]
+
+
+def test_messages_of_all_kinds_arrive_in_the_order_sent_on_other_nodes(gardeners: Pair) -> None:
+    here, there = gardeners
+    goals = ["#garden", id_of(there), "all", "others"]
+    for number in range(400):
+        say(here, "n", payload=number, to=goals[number % 4])
+    assert [hear(there)["payload"] for _ in range(400)] == list(range(400))
+
+
+# What a text of somebody else's might make of a `to`: lines of the protocol between nodes.
+FORGED = '{"event_name":"forged","payload":null,"to":"all","from_id":"server","message":null}'
+FORGERIES = [
+    "#x\nall - " + FORGED,
+    "#garden\nall - " + FORGED,
+    "#garden\n",
+    "#garden - " + FORGED + "\nall",
+    "#\nall - " + FORGED,
+    "#x\r\nall - " + FORGED,
+    "all\nall - " + FORGED,
+    "nobody\nall - " + FORGED,
+    "THERE\nall - " + FORGED,
+    "THERE\n",
+    "THERE - " + FORGED,
+    '#x\nask 1 ["disconnect", "THERE"]',
+    'THERE\nask 1 ["disconnect", "THERE"]',
+]
+
+
+@pytest.mark.parametrize("to", FORGERIES, ids=json.dumps)
+@pytest.mark.parametrize(
+    "way",
+    [
+        "client",
+        "publish",
+        "publish_copy",
+        "publish_changed",
+        "reply",
+        "reply_copy",
+        "forward",
+        "POST",
+    ],
+)
+def test_no_text_in_a_messages_to_is_a_line_between_nodes(
+    pair: Pair, cluster: Cluster, gardeners: Pair, way: str, to: str
+) -> None:
+    here, there = pair
+    to = to.replace("THERE", id_of(there))
+    before = cluster[2].redis_errors
+    if way == "POST":
+        answer = cluster[1].api.post("/messages", json={"event_name": "m", "to": to})
+        assert answer.status_code == (422 if to[0] == "#" else 404)
+    else:
+        payload: Any = to
+        if way in ("publish", "reply"):
+            payload = {"event_name": "m", "payload": None, "to": to}
+        say(
+            here,
+            "m" if way == "client" else way,
+            payload=payload,
+            to=to if way == "client" else "all",
+            id=7,
+        )
+    heard = settled(here, there, *gardeners)
+    assert heard[1:] == [[], [], []]
+    if way != "POST":
+        (answered,) = with_ids(heard[0])  # an error, but where a handler sent to an unknown id
+        assert (answered["id"], answered["from_id"]) == (7, "server")
+        if to[0] == "#":
+            expected = "invalid_message" if way == "client" else "handler_error"
+            assert answered["payload"]["code"] == expected
+    assert cluster[2].redis_errors == before
+
+
+def test_garbage_that_looks_like_a_rooms_message_is_counted_and_dropped(
+    pair: Pair, cluster: Cluster, gardeners: Pair
+) -> None:
+    server, _, two = cluster
+    garbage = [b"0\n#", b"0\n#garden", b"0\n#garden -"]
+    before = two.redis_errors
+    for data in garbage:
+        server.client.publish("datadivr:0:all", data)
+    assert settled(*pair, *gardeners) == [[]] * 4
+    assert two.redis_errors - before == len(garbage)
+    for data in (b"0\n# - {}", b"0\n#a b - {}", b"0\n#a/b - {}", b"0\n#\xff - {}"):
+        server.client.publish("datadivr:0:all", data)
+    line = message_from("server", "m", "#garden")
+    good = b"0\n#\n#garden - " + json.dumps(line).encode() + b"\n#cellar - {}"
+    server.client.publish("datadivr:0:all", good)
+    assert settled(*pair, *gardeners) == [[], [], [line], [line]]
+
+
+def test_a_rooms_message_is_one_line_on_the_channel_of_all(
+    cluster: Cluster, gardeners: Pair
+) -> None:
+    here, there = gardeners
+    here_id = id_of(here)
+    with cluster[0].client.pubsub() as spy:  # type: ignore[no-untyped-call]
+        spy.subscribe("datadivr:0:all")
+        assert spy.get_message(timeout=LIMIT)
+        say(here, "m", payload="\n", to="#garden", id=7)
+        assert hear(there)["event_name"] == "m"
+        heard = spy.get_message(timeout=LIMIT)
+    text = '{"event_name":"m","payload":"\\n","to":"#garden","from_id":"%s","message":null}'
+    expected = f"{here_id[:8]}\n#garden - {text % here_id}"
+    assert heard is not None
+    assert heard["data"].decode() == expected
+
+
+def test_calls_from_threads_subscribe_to_redis_once(pair: Pair, cluster: Cluster) -> None:
+    """With nobody connected each used to add a subscription, and messages came twice."""
+    server, one, _ = cluster
+    for client in pair:
+        client.close()
+    wait_until(lambda: not one.ids(), "the clients to go")
+    before = server.client.pubsub_numsub("datadivr:0:all")
+    for _ in range(3):
+        one.api.post("/call/broadcast", json=["news", 1, "all"])
+        one.api.post("/call/list_clients", json=[])
+        one.api.post("/call/join_room", json=["nobody", "garden"])
+    assert server.client.pubsub_numsub("datadivr:0:all") == before
+    with (
+        dial_node(one, "/in?room=garden") as here,
+        dial_node(cluster[2], "/in?room=garden") as there,
+    ):
+        id_of(here), id_of(there)
+        one.api.post("/call/broadcast", json=["news", 1, "#garden"])
+        assert [len(heard) for heard in settled(here, there)] == [1, 1]
+
+
+@contextlib.contextmanager
+def older_node(server: RedisServer, answer: Any) -> Iterator[list[str]]:
+    """Answer each question as a node of another version might, until the end."""
+    over, asked = threading.Event(), []
+
+    def listen() -> None:
+        with redis.Redis(port=server.port) as client, client.pubsub() as pubsub:
+            pubsub.subscribe("datadivr:0:all")
+            while not over.is_set():
+                message = pubsub.get_message(ignore_subscribe_messages=True, timeout=0.1)
+                if message is None:
+                    continue
+                node, *lines = message["data"].decode().split("\n")
+                for line in lines:
+                    if line.startswith("ask "):
+                        asked.append(line)
+                        reply = f"0ld0ld00\nanswer {line.split()[1]} {json.dumps(answer)}"
+                        client.publish(f"datadivr:0:{node}", reply)
+
+    before = dict(server.client.pubsub_numsub("datadivr:0:all"))[b"datadivr:0:all"]
+    thread = threading.Thread(target=listen)
+    thread.start()
+    wait_until(
+        lambda: dict(server.client.pubsub_numsub("datadivr:0:all"))[b"datadivr:0:all"] > before,
+        "it to listen",
+    )
+    try:
+        yield asked
+    finally:
+        over.set()
+        thread.join(LIMIT)
+
+
+OLDER_CLIENT = {
+    "id": "0ld0ld00-0000-8000-8000-000000000000",
+    "node": "0ld0ld00",
+    "address": "192.0.2.1:5",
+    "user": None,
+    "connected_at": "2026-01-01T00:00:00.000000Z",
+    "messages_received": 0,
+    "messages_sent": 0,
+    "buffered_bytes": 0,
+}
+OLDER_KEY = "".join(str(OLDER_CLIENT[name]) for name in ("connected_at", "id"))
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        None,  # it does not know the question
+        [1, [[OLDER_KEY, OLDER_CLIENT]]],
+        [1, [[OLDER_KEY, {k: v for k, v in OLDER_CLIENT.items() if k != "user"}]]],
+        [1, [[OLDER_KEY, OLDER_CLIENT | {"rooms": ["garden"], "newer": 1}]]],
+    ],
+    ids=["null", "without rooms", "without users", "newer"],
+)
+@pytest.mark.parametrize("room", ["", "garden"])
+def test_nothing_that_an_older_node_answers_breaks_the_list(
+    pair: Pair, cluster: Cluster, gardeners: Pair, answer: Any, room: str
+) -> None:
+    members = {id_of(client) for client in (gardeners if room else (*pair, *gardeners))}
+    with older_node(cluster[0], answer) as asked:
+        listed = cluster[1].api.get("/clients", params={"room": room} if room else {})
+        assert listed.status_code == 200, listed.text
+        assert members <= {client["id"] for client in listed.json()["clients"]}
+        assert asked
+        page = cluster[1].api.post("/call/list_clients", json=[100, "", room or None])
+        assert page.status_code == 200
+
+
+def test_three_nodes_share_rooms_questions_and_lists(pair: Pair, cluster: Cluster) -> None:
+    server, one, two = cluster
+    path = "/in?room=garden"
+    with (
+        Node(server.url, one.folder, "application:app") as three,
+        dial_node(one, path) as first,
+        dial_node(two, path) as second,
+        dial_node(three, path) as third,
+    ):
+        members = [first, second, third]
+        ids = [id_of(client) for client in members]
+        say(third, "m", to="#garden", id=7)
+        relayed = message_from(ids[2], "m", "#garden")
+        assert settled(*members, *pair) == [[relayed], [relayed], [ok(ids[2], 7)], [], []]
+        assert one.api.put(f"/clients/{ids[2]}/rooms/shed").status_code == 204
+        for node in (one, two, three):
+            page = node.api.get("/clients", params={"room": "garden"}).json()
+            assert {client["id"] for client in page["clients"]} == set(ids)
+            assert [client["rooms"] for client in page["clients"]][2] == ["garden", "shed"]
+            body = {"event_name": "news", "to": "#garden"}
+            assert node.api.post("/messages", json=body).json()["recipients"] == 3
+        heard = settled(*members)
+        assert [[message["event_name"] for message in messages] for messages in heard] == [
+            ["news"] * 3
+        ] * 3
+        three.stop(signal.SIGKILL)
+        page = one.api.get("/clients", params={"room": "garden"}).json()
+        assert {client["id"] for client in page["clients"]} == set(ids[:2])
+
+
 mark_section("cluster")
 
 
@@ -6490,6 +8209,634 @@ def test_sigterm_closes_every_client_and_ends_in_time_with_stalled_ones_connecte
 mark_section("running")
 
 
+# ---- The browser's client ------------------------------------------------------------------------
+
+
+HEALTHY = '{"status": "ok"}'
+CLIENT_PAGE = """
+    globalThis.tries = []; // when a connection was tried
+    globalThis.failed = globalThis.checked = 0; // attempts, and questions for the server's health
+    globalThis.latest = undefined;
+    globalThis.states = [];
+    globalThis.heard = [];
+    globalThis.thrown = [];
+    globalThis.reportError = (error) => thrown.push(error);
+    globalThis.WebSocket = class extends WebSocket {
+        constructor(...words) {
+            super(...words);
+            tries.push(Date.now());
+            globalThis.latest = this;
+            this.addEventListener("error", () => { failed += 1; });
+        }
+    };
+    const request = fetch;
+    globalThis.fetch = async (...words) => {
+        try {
+            const response = await request(...words);
+            return new Response(await response.text(), response);
+        } finally { checked += 1; }
+    };
+    globalThis.go = async (options) => {
+        const { connect } = await import("/client.js?v=2");
+        globalThis.server = connect({
+            onmessage: (message) => heard.push(message),
+            onstate: (...words) => states.push(words),
+            ...options,
+        });
+        globalThis.early = states.length;
+    };
+    globalThis.ask = (...words) => {
+        globalThis.outcome = null;
+        server.ask(...words).then(
+            ({ event_name, payload }) => { outcome = [event_name, payload]; },
+            ({ code, message }) => { outcome = ["Error", code, message]; },
+        );
+    };
+"""
+
+
+class Tab:
+    """A page with the client and a clock that stands still; a test plays the server of `play`."""
+
+    def __init__(self, page: Page, port: int) -> None:
+        self.page = page
+        self.port = port
+        self.sockets: list[WebSocketRoute] = []
+        self.told: list[Json] = []  # what the server that is played has heard
+        self.complaints: list[str] = []
+        page.on("pageerror", lambda raised: self.complaints.append(str(raised)))
+        page.clock.install(time=0)
+        page.clock.pause_at(1000)
+        self._open()
+
+    def _open(self) -> None:
+        self.page.goto(f"http://127.0.0.1:{self.port}/healthz")
+        self.page.evaluate(f"() => {{ {CLIENT_PAGE} Math.random = () => 0; }}")
+
+    def _accept(self, socket: WebSocketRoute) -> None:
+        self.sockets.append(socket)
+        socket.on_message(lambda text: self.told.append(json.loads(text)))
+        socket.on_close(lambda code, reason: None)  # a close of the page's stays without an answer
+
+    def go(self, **options: Any) -> None:
+        self.page.evaluate("(options) => go(options)", options)
+
+    def play(self, callbacks: str = "{}") -> None:
+        self.page.route_web_socket(re.compile("/played/ws$"), self._accept)
+        self._open()
+        self.get(f"go({{ url: '/played/ws', ...{callbacks} }})")
+        self.wait_for_state("open")
+
+    def get(self, expression: str) -> Any:
+        return self.page.evaluate(expression)
+
+    def ask(self, *words: Any) -> None:
+        self.page.evaluate("(words) => ask(...words)", words)
+
+    def outcome(self) -> Any:
+        self.wait_for("outcome")
+        return self.get("outcome")
+
+    def hears(self, **message: Any) -> None:
+        defaults = {"event_name": "m", "payload": None, "to": "me", "from_id": "server"}
+        self.sockets[-1].send(json.dumps({**defaults, "message": None, **message}))
+
+    def wait_for(self, condition: str) -> None:
+        wait_until(lambda: self.get(condition), condition)
+
+    def wait_for_state(self, state: str) -> None:
+        self.wait_for(f"states.at(-1)?.[0] === '{state}'")
+
+    def wait_for_told(self, count: int) -> Json:
+        wait_until(lambda: self.get("1") and len(self.told) == count, "the page to speak")
+        return self.told[-1]
+
+    def wait_for_failure(self, count: int) -> None:
+        """Wait until attempts have failed, and the client knows for each if the server is there."""
+        self.wait_for(f"failed === {count} && checked === {count}")
+        self.get("new Response('').text()")
+
+    def run_for(self, milliseconds: int) -> None:
+        self.page.clock.run_for(milliseconds)
+
+
+@pytest.fixture
+def tab(context: BrowserContext, live: Live) -> Iterator[Tab]:
+    with context.new_page() as page:
+        opened = Tab(page, live.port)
+        yield opened
+        assert opened.complaints == []
+
+
+def test_the_clients_module_is_served_to_pages_from_anywhere_until_it_changes(
+    api: httpx.Client,
+) -> None:
+    answer = api.get("/client.js")
+    assert answer.text == datadivr._files["client.js"]
+    assert answer.headers["content-type"].split(";")[0] == "text/javascript"
+    assert answer.headers["cache-control"] == "no-cache"
+    assert answer.headers["access-control-allow-origin"] == "*"
+    head = api.head("/client.js")
+    assert (head.status_code, head.text, head.headers) == (200, "", answer.headers)
+    etag = answer.headers["etag"]
+    for known in (etag, f"W/{etag}", f'"other", {etag}'):  # a proxy that compresses says W/
+        answer = api.get("/client.js", headers={"If-None-Match": known})
+        assert (answer.status_code, answer.text, answer.headers["etag"]) == (304, "", etag)
+    assert api.get("/client.js", headers={"If-None-Match": '"other"'}).status_code == 200
+
+
+def test_the_clients_source_is_short_and_as_prettier_leaves_it() -> None:
+    source = datadivr._files["client.js"]
+    prettier = node_module("prettier/bin/prettier.cjs")
+    command = [find("node"), str(prettier), "--no-config", "--parser=babel", "--print-width=100"]
+    result = subprocess.run(command, input=source, capture_output=True, text=True, check=True)
+    assert result.stdout == source
+    assert source.count("\n") <= 140
+
+
+def test_the_clients_types_are_sound(tmp_path: Path) -> None:
+    (tmp_path / "client.js").write_text(datadivr._files["client.js"])
+    (tmp_path / "use.js").write_text("""
+        import { connect } from "./client.js";
+        const server = connect({ token: null, onmessage: ({ payload }) => payload.any,
+            onstate: (state, reason) => state === "refused" && reason.length });
+        server.send("chat", { text: "hi" }, { to: "#garden" });
+        (await server.ask("sum_event", [1], { to: "others", timeout: 10000 })).payload;
+        server.close();
+        // @ts-expect-error
+        connect({ onstate: (state) => state === "opened" });
+    """)
+    tsc = node_module("typescript/bin/tsc")
+    options = "--checkJs --strict --noEmit --target es2022 --lib es2022,dom --module esnext"
+    command = [find("node"), str(tsc), *options.split(), "--types", "", "client.js", "use.js"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (0, "")
+
+
+HOSTED = {
+    "page": "<script type=module src=/script></script>",
+    "worker": "<script type=module src=/start></script>",
+    "script": """
+        const open = (module) => import(module).then(({ connect }) => new Promise((resolve) => {
+            const onstate = (state) => state === "open" && resolve(server.ask("whoami"));
+            const server = connect({ onstate });
+        }));
+        const opened = ["/one", "/two", "/three"].map((prefix) => open(`${prefix}/client.js?v=2`));
+        const ids = (await Promise.all(opened)).map(({ payload }) => payload);
+        if (globalThis.document) globalThis.ids = ids;
+        else postMessage(ids);
+    """,
+    "start": """
+        const worker = new Worker("/script", { type: "module" });
+        worker.onmessage = ({ data }) => { globalThis.ids = data; };
+    """,
+}
+
+
+@pytest.mark.parametrize("kind", ["page", "worker"])
+def test_the_client_finds_its_server_below_prefixes_and_mounts_under_a_strict_policy(
+    context: BrowserContext, kind: str
+) -> None:
+    host = fastapi.FastAPI()
+    host.include_router(datadivr.router, prefix="/one")
+    host.include_router(datadivr.router, prefix="/two")
+    host.mount("/three", datadivr.app)
+
+    @host.get("/{name}")
+    def get(name: str) -> fastapi.Response:
+        media_type = "text/html" if name == kind else "text/javascript"
+        policy = "default-src 'none'; script-src 'self'; connect-src 'self'; worker-src 'self'"
+        headers = {"Content-Security-Policy": policy}
+        return fastapi.Response(HOSTED.get(name, ""), media_type=media_type, headers=headers)
+
+    with Live(host) as running, context.new_page() as page:
+        complaints: list[str] = []
+        urls: list[str] = []
+        page.on("websocket", lambda socket: urls.append(httpx.URL(socket.url).path))
+        page.on("console", lambda message: complaints.append(message.text))
+        page.goto(f"http://127.0.0.1:{running.port}/{kind}")
+        wait_until(lambda: page.evaluate("globalThis.ids"), "three connections")
+        assert set(page.evaluate("ids")) == set(datadivr.clients)
+        assert kind == "worker" or sorted(urls) == ["/one/ws", "/three/ws", "/two/ws"]
+        assert [text for text in complaints if "favicon" not in text] == []
+
+
+def test_the_client_of_a_renamed_file_finds_it_behind_nginx_under_a_path(
+    context: BrowserContext, tmp_path: Path
+) -> None:
+    shutil.copy(ROOT / "datadivr.py", tmp_path / "messages.py")
+    (passed,) = re.findall(r"`location (\S+) \{` and `proxy_pass", README)
+    command = ["-m", "uvicorn", "messages:app", "--port", "{port}", "--root-path", passed[:-1]]
+    with Process(*command, cwd=tmp_path) as process:
+        configuration = block("nginx", "location").replace("location /", f"location {passed}")
+        configuration = configuration.replace(":8000", f":{process.port}/")
+        with nginx(tmp_path, configuration) as proxy, context.new_page() as page:
+            process.wait_until_up()
+            proxy.wait_until_up(f"{passed}healthz")
+            page.goto(f"http://127.0.0.1:{proxy.port}{passed}healthz")
+            page.evaluate(f"() => {{ {CLIENT_PAGE.replace('/client.js', f'{passed}client.js')} }}")
+            page.evaluate("go()")
+            wait_until(lambda: page.evaluate("states.at(-1)?.[0]") == "open", "the page")
+
+
+def test_a_page_from_elsewhere_imports_the_client_and_is_let_in_where_it_is_listed(
+    tab: Tab, configure: Callable[..., None]
+) -> None:
+    configure(allowed_origins=(f"http://localhost:{tab.port}",))
+    tab.page.goto(f"http://localhost:{tab.port}/healthz")
+    module = f"http://127.0.0.1:{tab.port}/client.js"
+    tab.page.evaluate(f"() => {{ {CLIENT_PAGE.replace('/client.js', module)} }}")
+    tab.go()
+    tab.wait_for_state("open")
+
+
+def test_the_client_brings_its_token(tab: Tab, configure: Callable[..., None]) -> None:
+    configure(client_token="let-me-in")
+    tab.go(token="let-me-in")
+    tab.wait_for_state("open")
+
+
+def test_a_token_that_no_handshake_can_carry_is_an_error_of_connect_itself(tab: Tab) -> None:
+    raised = tab.get("go({ token: 'a b' }).catch((error) => `${error.name}: ${error.message}`)")
+    assert re.match("SyntaxError: .* 'a b' is invalid", raised)
+    assert tab.get("[tries.length, states.length]") == [0, 0]
+
+
+def test_the_client_makes_no_globals_and_tells_no_state_before_connect_has_returned(
+    tab: Tab,
+) -> None:
+    names = "Object.getOwnPropertyNames(globalThis).sort()"
+    before = tab.get(names)
+    tab.go()
+    tab.wait_for_state("open")
+    assert sorted({*tab.get(names)} - {*before}) == ["early", "server"]
+    assert tab.get("[early, states]") == [0, [["connecting", ""], ["open", ""]]]
+
+
+@pytest.mark.parametrize("luck", [0, 1])
+def test_the_client_tries_again_for_ever_after_pauses_that_grow_to_30_seconds(
+    tab: Tab, luck: int
+) -> None:
+    pauses = [500, 1000, 2000, 4000, 8000, 10000, 10000]
+    tab.get(f"Math.random = () => {luck}")
+    tab.go(url=f"ws://127.0.0.1:{free_port()}/ws")
+    for count, shortest in enumerate(pauses, 1):
+        pause = shortest * (3 if luck else 1)
+        tab.wait_for_failure(count)
+        tab.run_for(pause - 1)
+        assert tab.get("tries.length") == count
+        tab.run_for(1)
+        assert tab.get("tries.length") == count + 1
+    assert tab.get("states") == [["connecting", ""]]
+
+
+@pytest.mark.parametrize("event", ["online", "visibilitychange"])
+def test_the_client_tries_at_once_where_the_network_or_the_reader_is_back(
+    tab: Tab, event: str
+) -> None:
+    tab.go(url=f"ws://127.0.0.1:{free_port()}/ws")
+    tab.wait_for_failure(1)
+    happen = f"""() => {{
+        document.dispatchEvent(new Event("{event}", {{ bubbles: true }}));
+        document.dispatchEvent(new Event("{event}", {{ bubbles: true }})); // while it tries
+        return tries.length;
+    }}"""
+    if event == "visibilitychange":
+        tab.get("Object.defineProperty(document, 'hidden', { value: true, configurable: true })")
+        assert tab.get(happen) == 1  # the reader has left
+        tab.get("Object.defineProperty(document, 'hidden', { value: false })")
+    assert tab.get(happen) == 2
+    tab.wait_for_failure(2)
+    tab.run_for(1000)
+    assert tab.get("tries.length") == 3  # the pause that was cut short is gone
+
+
+def test_the_client_gives_up_a_handshake_that_has_no_end(tab: Tab) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        tab.go(url=f"ws://127.0.0.1:{silent.getsockname()[1]}/ws")
+        tab.run_for(19_999)
+        tab.run_for(500)
+        assert tab.get("tries.length") == 1
+        tab.run_for(1)
+        assert tab.get("tries.length") == 2
+        tab.get("server.close()")
+
+
+def test_the_client_comes_back_when_an_open_connection_is_lost(tab: Tab) -> None:
+    tab.play()
+    for count in (1, 2):  # the pause is as short as at first
+        tab.sockets[-1].close(code=1013, reason="Too slow")
+        tab.wait_for_state("connecting")
+        tab.run_for(499)
+        assert tab.get("tries.length") == count
+        tab.run_for(1)
+        tab.wait_for_state("open")
+        assert tab.get("tries.length") == count + 1
+    assert tab.get("states.slice(2, 4)") == [["connecting", "Too slow"], ["open", ""]]
+
+
+def test_a_client_that_an_administrator_disconnects_stays_away(tab: Tab) -> None:
+    tab.go()
+    tab.wait_for_state("open")
+    (client_id,) = datadivr.clients
+    http.delete(f"http://127.0.0.1:{tab.port}/clients/{client_id}", headers=ADMIN)
+    tab.wait_for_state("closed")
+    tab.get("dispatchEvent(new Event('online'))")
+    tab.run_for(100_000)
+    assert tab.get("states.at(-1)") == ["closed", "Disconnected by an administrator"]
+    assert tab.get("tries.length") == 1
+
+
+def test_a_client_that_is_refused_three_times_says_so_and_goes_on_every_30_seconds(
+    tab: Tab, configure: Callable[..., None]
+) -> None:
+    tab.go(url=f"ws://localhost:{tab.port}/ws")  # of another origin than the page
+    for count, pause in ((1, 500), (2, 1000)):
+        tab.wait_for_failure(count)
+        assert tab.get("states") == [["connecting", ""]]
+        tab.run_for(pause)
+    for count in (3, 4):
+        tab.wait_for_failure(count)
+        tab.wait_for_state("refused")
+        tab.run_for(29_999)
+        assert tab.get("tries.length") == count
+        tab.run_for(1)
+        assert tab.get("tries.length") == count + 1
+    tab.wait_for_failure(5)
+    configure(allowed_origins=(f"http://127.0.0.1:{tab.port}",))
+    tab.get("dispatchEvent(new Event('online'))")
+    tab.wait_for_state("open")
+    configure(allowed_origins=())
+    tab.get("latest.close()")
+    tab.wait_for_state("connecting")
+    tab.run_for(500)
+    tab.wait_for_failure(6)
+    states = tab.get("states.map(([state]) => state)")
+    assert states == ["connecting", "refused", "open", "connecting"]  # one refusal is the first
+
+
+@pytest.mark.parametrize("foreign", [(502, HEALTHY), (504, "<p>"), (200, "<p>")])
+def test_an_answer_of_a_proxys_is_not_taken_for_a_refusal_and_ends_their_row(
+    tab: Tab, foreign: tuple[int, str]
+) -> None:
+    answers = [(200, HEALTHY), (200, HEALTHY), foreign, (200, HEALTHY)]
+
+    def answer(route: Route) -> None:
+        status, body = answers.pop(0)
+        route.fulfill(status=status, body=body)
+
+    tab.page.route("**/gone/healthz", answer)
+    tab.go(url=f"ws://127.0.0.1:{tab.port}/gone/ws")
+    for count, pause in enumerate((500, 1000, 2000, 0), 1):
+        tab.wait_for_failure(count)
+        tab.run_for(pause)
+    assert tab.get("states") == [["connecting", ""]]
+
+
+def test_what_is_heard_of_the_servers_health_too_late_does_not_count(tab: Tab) -> None:
+    asked: list[Route] = []
+    tab.page.route("**/gone/healthz", lambda route: asked.append(route))
+    tab.go(url=f"ws://127.0.0.1:{tab.port}/gone/ws")
+    for count, pause in enumerate((500, 1000, 2000), 1):
+        tab.wait_for(f"failed === {count}")
+        tab.run_for(pause)
+    wait_until(lambda: tab.get("failed") == len(asked) == 4, "the client to ask")
+    for route in asked[:3]:
+        route.fulfill(body=HEALTHY)
+    tab.wait_for("checked === 3")
+    tab.get("server.close()")
+    asked[3].fulfill(body=HEALTHY)
+    tab.wait_for_failure(4)
+    tab.run_for(100_000)
+    assert tab.get("states.map(([state]) => state)") == ["connecting", "closed"]
+    assert tab.get("tries.length") == 4
+
+
+def test_a_client_that_hears_nothing_asks_and_without_an_answer_connects_again(tab: Tab) -> None:
+    tab.play()
+    tab.run_for(19_999)
+    assert (tab.get("states.length"), tab.told) == (2, [])
+    tab.run_for(1)
+    probe = tab.wait_for_told(1)
+    assert probe["event_name"] == "whoami"
+    tab.run_for(9_999)
+    tab.hears(payload=1)  # any message is a sign of life
+    tab.wait_for("heard.length === 1")
+    tab.run_for(19_999)
+    tab.hears(event_name="whoami", id=probe["id"])
+    tab.hears(payload=2)
+    tab.wait_for("heard.length === 2")
+    assert tab.get("heard.map(({ payload }) => payload)") == [1, 2]  # and no answer to a probe
+    tab.run_for(20_000)
+    tab.wait_for_told(2)
+    tab.run_for(9_999)
+    assert tab.get("states.length") == 2
+    tab.run_for(1 + 500)  # the old connection is never closed
+    tab.wait_for_state("open")
+    assert tab.get("states[2]") == ["connecting", "The server does not answer."]
+    old, _ = tab.sockets
+    old.send('{"event_name": "old"}')
+    old.close(code=1008)
+    tab.hears(event_name="new")
+    tab.wait_for("heard.length === 3")
+    assert tab.get("[heard[2].event_name, states.length, tries.length]") == ["new", 4, 2]
+
+
+@pytest.mark.parametrize(
+    ("answer", "outcome"),
+    [
+        ({"from_id": "server", "event_name": "ok"}, ["ok", None]),
+        ({"from_id": "friend", "payload": 5}, ["m", 5]),
+        ({"from_id": "friend", "event_name": "error"}, ["Error", "error", "It failed."]),
+    ],
+)
+def test_a_question_has_its_answer_of_the_server_or_of_the_client_that_it_names_alone(
+    tab: Tab, answer: Json, outcome: list[Any]
+) -> None:
+    tab.play()
+    tab.ask("question", {"a": 1}, {"to": "friend", "message": "Please"})
+    asked = tab.wait_for_told(1)
+    fields = {"event_name": "question", "payload": {"a": 1}, "to": "friend", "message": "Please"}
+    assert asked == {**fields, "id": asked["id"]}
+    tab.hears(from_id="spy", id=asked["id"])
+    tab.hears(id=asked["id"], **answer)
+    assert tab.outcome() == outcome
+    assert tab.get("heard.map(({ from_id }) => from_id)") == ["spy"]
+
+
+def test_questions_have_the_servers_answers(tab: Tab, connect: Connect) -> None:
+    tab.go()
+    tab.wait_for_state("open")
+    gone = "No client with the id in `to` is connected."
+    for words, outcome in (
+        (("sum_event", {"numbers": [1, 2]}), ["sum_handler_result", 3]),
+        (("chat", "hi", {"to": "all"}), ["ok", None]),
+        (("chat", "hi", {"to": "x"}), ["Error", "unknown_recipient", gone]),
+        (("chat", "hi", {"to": "#garden"}), ["Error", "not_in_room"]),
+        (("sum_event", "no numbers"), ["Error", "invalid_payload"]),
+        (("", None), ["Error", "invalid_message"]),
+        (("chat", None, {"message": "\ud800"}), ["Error", "invalid_message"]),
+    ):
+        tab.page.evaluate("(words) => ask(...JSON.parse(words))", json.dumps(words))
+        assert tab.outcome()[: len(outcome)] == outcome
+    friend = connect()
+    tab.ask("question", None, {"to": id_of(friend)})
+    asked = hear(friend)
+    say(friend, "answer", payload=42, to=asked["from_id"], id=asked["id"])
+    assert tab.outcome() == ["answer", 42]
+
+
+def test_a_question_without_an_answer_fails_in_time_and_its_late_answer_is_dropped(
+    tab: Tab,
+) -> None:
+    tab.play()
+    for count, question, limit in ((1, [], 10_000), (2, [None, {"timeout": 300}], 300)):
+        tab.ask("question", *question)
+        asked = tab.wait_for_told(count)
+        tab.run_for(limit - 1)
+        tab.hears()  # or it would be probed
+        tab.run_for(1)
+        assert tab.outcome()[:2] == ["Error", "timeout"]
+        tab.hears(event_name="late", id=asked["id"])
+    tab.hears(event_name="last")
+    tab.wait_for("heard.length === 3")
+    assert tab.get("heard.map(({ event_name }) => event_name)") == ["m", "m", "last"]
+    first, second = (told["id"] for told in tab.told)
+    assert first != second
+
+
+@pytest.mark.parametrize(
+    ("end", "code"),
+    [
+        ("server.close()", "closed"),
+        ("latest.dispatchEvent(new CloseEvent('close'))", "lost"),
+        ("ask('m', 10n)", "invalid_message"),
+    ],
+)
+def test_a_question_fails_at_once_with(tab: Tab, end: str, code: str) -> None:
+    tab.play()
+    tab.ask("question")
+    tab.wait_for_told(1)
+    tab.get(f"{{ {end} }}")
+    assert tab.outcome()[:2] == ["Error", code]
+
+
+def test_outside_of_an_open_connection_send_throws_and_nothing_is_kept_for_later(tab: Tab) -> None:
+    sending = "(() => { try { server.send('m') } catch (error) { return error.code } })()"
+    tab.play()
+    tab.sockets[-1].close()
+    tab.wait_for_state("connecting")
+    tab.ask("question")
+    assert [tab.get(sending), *tab.outcome()[:2]] == ["closed", "Error", "closed"]
+    tab.run_for(500)
+    tab.wait_for_state("open")
+    tab.get("server.send('first')")
+    assert tab.wait_for_told(1) == {"event_name": "first", "payload": None}
+
+
+HOSTILE = r"""
+{
+null
+5
+[]
+"text"
+{}
+{"event_name": 5}
+{"event_name": "error", "from_id": "server", "id": {"toString": 5}}
+{"event_name": "error", "from_id": "server", "id": "ID", "message": {"toString": 5}}
+{"event_name": "odd", "payload": ["\ud800", 1e999, 12345678901234567890]}
+"""
+
+
+def test_whatever_arrives_the_client_goes_on(tab: Tab) -> None:
+    tab.play()
+    tab.ask("question", None, {"timeout": 300})
+    asked = tab.wait_for_told(1)
+    for frame in (b"\xff", b'{"event_name": "binary"}', "[" * 100_000):
+        tab.sockets[-1].send(frame)
+    for text in HOSTILE.replace("ID", asked["id"]).split("\n"):
+        tab.sockets[-1].send(text)
+    tab.wait_for("heard.some(({ event_name }) => event_name === 'odd')")
+    assert tab.get("heard.map(({ event_name }) => event_name)") == ["error", "odd"]
+    odd = tab.get("heard[1].payload.map((value) => typeof value)")
+    assert odd == ["string", "number", "number"]
+    tab.run_for(300)
+    assert tab.outcome()[:2] == ["Error", "timeout"]
+    assert tab.get("[thrown.length, states.at(-1)[0]]") == [0, "open"]
+
+
+def test_callbacks_that_throw_are_reported_and_do_not_end_the_client(tab: Tab) -> None:
+    tab.play("""{
+        onstate: (state) => { states.push([state]); throw state; },
+        onmessage: async ({ event_name }) => { throw event_name; },
+    }""")
+    tab.hears(event_name="one")
+    tab.hears(event_name="two")
+    tab.wait_for("thrown.length === 4")
+    assert tab.get("thrown") == ["connecting", "open", "one", "two"]
+
+
+def test_after_close_nothing_happens_but_that_the_client_is_closed(tab: Tab) -> None:
+    tab.play()
+    tab.get("{ server.close(); server.close() }")
+    tab.sockets[-1].send('{"event_name": "m"}')
+    tab.sockets[-1].close(code=1011)
+    for event in ("online", "visibilitychange"):
+        tab.get(f"document.dispatchEvent(new Event('{event}', {{ bubbles: true }}))")
+    tab.run_for(100_000)
+    assert tab.get("states.slice(2)") == [["closed", ""]]
+    assert tab.get("[heard.length, tries.length]") == [0, 1]
+
+
+def test_a_client_can_be_closed_between_two_attempts_and_during_the_first(tab: Tab) -> None:
+    tab.go(url=f"ws://127.0.0.1:{free_port()}/ws")
+    tab.wait_for_failure(1)
+    tab.get("server.close()")
+    tab.get("""import("/client.js").then(({ connect }) => {
+        connect({ onstate: (...words) => states.push(words) }).close();
+    })""")
+    tab.run_for(100_000)
+    assert tab.get("tries.length") == 2
+    assert tab.get("states.map(([state]) => state)") == ["connecting", "closed", "closed"]
+
+
+def test_the_client_serves_node_where_a_failed_attempt_has_no_close(
+    live: Live, tmp_path: Path
+) -> None:
+    (tmp_path / "client.mjs").write_text(datadivr._files["client.js"])
+    (tmp_path / "run.mjs").write_text("""
+        import { connect } from "./client.mjs";
+        const [url, wrong] = process.argv.slice(2);
+        const urls = [wrong, url];
+        Math.random = () => 0;
+        globalThis.WebSocket = class extends WebSocket {
+            constructor(_, protocols) { super(urls.shift(), protocols); }
+        };
+        const states = [];
+        await new Promise((resolve) => {
+            const onstate = (state) => { states.push(state); if (state === "open") resolve(); };
+            globalThis.server = connect({ url, onstate });
+        });
+        const { payload } = await server.ask("sum_event", { numbers: [1, 2] });
+        const { code } = await server.ask("m", 1, { to: "nobody" }).catch((error) => error);
+        server.close();
+        console.log(JSON.stringify([states, payload, code])); // and the process ends by itself
+    """)
+    node = find("node")
+    version = subprocess.run([node, "--version"], capture_output=True, text=True).stdout
+    major = int(version[1:].partition(".")[0])
+    need(major >= 20, "Node 22, or 20 with a flag")
+    flags = ["--experimental-websocket"] if major < 22 else []
+    urls = [f"ws://127.0.0.1:{port}/ws" for port in (live.port, free_port())]
+    command = [node, *flags, "--no-warnings", "run.mjs", *urls]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=LIMIT)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [["connecting", "open", "closed"], 3, "unknown_recipient"]
+
+
+mark_section("client")
+
+
 # ---- The console's page --------------------------------------------------------------------------
 
 
@@ -6533,7 +8880,8 @@ def page(context: BrowserContext) -> Iterator[Page]:
     page.on("console", lambda message: complaints.append(message.text))
     yield page
     assert {httpx.URL(url).netloc for url in requests} == {httpx.URL(page.url).netloc}
-    assert [text for text in complaints if not text.startswith("Failed to load resource")] == []
+    expected = ("Failed to load resource", "WebSocket connection to")
+    assert [text for text in complaints if not text.startswith(expected)] == []
     page.close()
 
 
@@ -6584,7 +8932,8 @@ def test_the_consoles_source_is_as_prettier_leaves_it() -> None:
     command = [find("node"), str(prettier), "--no-config", "--parser=html", "--print-width=100"]
     result = subprocess.run(command, input=page, capture_output=True, text=True, check=True)
     assert result.stdout == page
-    assert page.count("\n") <= 400
+    assert page.count("\n") <= 520
+    assert max(map(len, page.split("\n"))) <= 100
 
 
 def test_the_console_shows_the_clients(page: Page, live: Live, connect: Connect) -> None:
@@ -6597,10 +8946,10 @@ def test_the_console_shows_the_clients(page: Page, live: Live, connect: Connect)
         host, port = client.local_address
         expect(row.get_by_role("rowheader")).to_have_text(f"{host}:{port} {client_id}")
         expect(row.get_by_role("cell")).to_have_text(
-            [client_id[:8], re.compile(r"\d"), "1", "1", "0", "Message Disconnect"]
+            ["", client_id[:8], re.compile(r"\d"), "1", "1", "0", "Message Disconnect"]
         )
     expect(page.get_by_role("figure", name="Clients connected")).to_contain_text(
-        re.compile(r"^\s*2\n")
+        re.compile(r"^\s*Clients connected\s+2\s")
     )
     expect(page.get_by_text("Live", exact=True)).to_be_visible()
 
@@ -6614,7 +8963,7 @@ def test_the_console_draws_rates(page: Page, live: Live, connect: Connect) -> No
         ask(client, "m", to="all")
         figure = chart.locator("figcaption").inner_text() if chart.is_visible() else ""
         line = " " in (chart.locator("polyline").get_attribute("points") or "")
-        return line and re.match(r"[1-9]\d*(\.\d+)?/s\n", figure) is not None
+        return line and re.search(r"\n[1-9]\d*(\.\d+)?/s\n", figure) is not None
 
     wait_until(draws, "a line, and a rate")
 
@@ -6632,7 +8981,66 @@ def test_the_console_takes_counters_that_go_down_for_a_restart(page: Page, live:
     )
     open_console(page, live.port)
     caption = page.get_by_role("figure", name="Messages in").locator("figcaption")
-    expect(caption).to_have_text("0/s Messages in peak 0/s in two minutes")
+    expect(caption).to_have_text(re.compile("Messages in 0/s peak 0/s since "))
+
+
+def leap(page: Page, seconds: int) -> None:
+    """Have the page's clock, which is that of HASTE, leap ahead, and its figures be read then."""
+    page.evaluate(
+        """(seconds) => {
+          const now = performance.now;
+          performance.now = () => now() + 1000 * seconds; }""",
+        seconds,
+    )
+    count = page.evaluate("state.samples.at(-1).at")
+    page.wait_for_function("(before) => state.samples.at(-1).at > before + 1", arg=count)
+
+
+def test_the_console_says_of_which_time_its_figures_are(page: Page, live: Live) -> None:
+    errors = [2]
+    line = 'datadivr_errors_total{{type="late"}} {}\n'
+    page.route(
+        "**/metrics",
+        lambda route: route.fulfill(body=line.format(errors[0]) + COUNTS.format(0)),
+    )
+    open_console(page, live.port)
+    caption = page.get_by_role("figure", name="Messages in").locator("figcaption")
+    expect(caption).to_contain_text(re.compile(r"peak 0/s since \d+:\d\d:\d\d"))
+    expect(page.get_by_role("heading", name=re.compile(r"^Errors since \d"))).to_be_visible()
+    errors[0] = 5
+    expect(page.get_by_role("listitem")).to_have_text(["late +3 5"])
+    leap(page, 60)
+    leap(page, 60)
+    expect(caption).to_contain_text("peak 0/s in two minutes")
+    expect(page.get_by_role("heading", name="Errors in two minutes")).to_be_visible()
+    leap(page, 600)  # as a page does that was hidden
+    expect(caption).to_contain_text("peak 0/s since ")
+
+
+def test_a_chart_has_an_axis_of_two_minutes_and_fills_from_the_right(
+    page: Page, live: Live
+) -> None:
+    page.route("**/metrics", lambda route: route.fulfill(body=COUNTS.format(0)))
+    open_console(page, live.port)
+    chart = page.get_by_role("figure", name="Messages in")
+    for text in ("2 minutes ago", "1 minute ago", "now"):
+        expect(chart.get_by_text(text)).to_be_visible()
+
+    def edges() -> list[float]:
+        points = (chart.locator("polyline").get_attribute("points") or "").split()
+        return [float(point.split(",")[0]) for point in (points[0], points[-1])]
+
+    assert edges()[0] > -20
+    leap(page, 100)
+    assert -120 < edges()[0] < -100
+    assert edges()[1] == 0
+    left, right = (chart.get_by_text(text).bounding_box() for text in ("2 minutes ago", "now"))
+    drawing = chart.locator("svg").bounding_box()
+    assert left
+    assert right
+    assert drawing
+    assert left["x"] == drawing["x"]
+    assert right["x"] + right["width"] == pytest.approx(drawing["x"] + drawing["width"], abs=1)
 
 
 def test_the_console_lists_errors_by_type(page: Page, live: Live) -> None:
@@ -6641,7 +9049,7 @@ def test_the_console_lists_errors_by_type(page: Page, live: Live) -> None:
     )
     page.route("**/metrics", lambda route: route.fulfill(body=errors + COUNTS.format(0)))
     open_console(page, live.port)
-    expect(page.get_by_role("listitem")).to_have_text(['a"b\\c<b>: 3, 0 in two minutes'])
+    expect(page.get_by_role("listitem")).to_have_text(['a"b\\c<b> +0 3'])
 
 
 def test_the_console_sorts_by_unsent_bytes(page: Page, live: Live) -> None:
@@ -6651,19 +9059,36 @@ def test_the_console_sorts_by_unsent_bytes(page: Page, live: Live) -> None:
     expect(rows(page).first).to_contain_text("[2001:db8::1]:55555 0")
     page.get_by_label("Most unsent bytes first").check()
     expect(rows(page).get_by_role("rowheader").first).to_have_text("[2001:db8::1]:55555 6")
-    expect(rows(page).get_by_role("cell").nth(4)).to_have_text("6")
+    expect(rows(page).get_by_role("cell").nth(5)).to_have_text("6")
 
 
-def test_the_console_finds_a_client_by_address_id_or_user(page: Page, live: Live) -> None:
+def test_the_console_finds_a_client_by_address_id_user_or_room(page: Page, live: Live) -> None:
     clients: list[Json] = [{"id": f"id-{n}", "address": f"10.0.0.{n}:1"} for n in range(10)]
-    clients[7]["user"] = "bob"
+    clients[7] |= {"user": "bob", "rooms": ["garden"]}
     fake_clients(page, clients)
     open_console(page, live.port)
-    for text in ("10.0.0.7:", "ID-7", "Bob"):
-        page.get_by_label("Address, id or user").fill("nobody")
+    for text in ("10.0.0.7:", "ID-7", "Bob", "Garden", "#garden"):
+        page.get_by_label("Address, id, user or room").fill("nobody")
         expect(rows(page)).to_have_count(0)
-        page.get_by_label("Address, id or user").fill(text)
+        page.get_by_label("Address, id, user or room").fill(text)
         expect(rows(page).get_by_role("rowheader")).to_have_text(["10.0.0.7:1 bob id-7"])
+
+
+def test_the_console_shows_rooms(page: Page, live: Live) -> None:
+    fake_clients(page, [{"id": "1", "rooms": ["garden", "user:ada"]}, {"id": "2", "rooms": []}])
+    open_console(page, live.port)
+    expect(page.get_by_role("columnheader", name="Rooms")).to_be_visible()
+    rooms = [row.get_by_role("cell").first for row in rows(page).all()]
+    expect(rooms[0]).to_have_text("#garden #user:ada")
+    expect(rooms[1]).to_have_text("")
+
+
+def test_the_console_lists_clients_of_a_node_that_knows_no_rooms(page: Page, live: Live) -> None:
+    fake_clients(page, [{"id": "old"}, {"id": "new", "rooms": ["garden"]}])
+    open_console(page, live.port)
+    expect(rows(page)).to_have_count(2)
+    page.get_by_label("Address, id, user or room").fill("garden")
+    expect(rows(page).get_by_role("rowheader")).to_have_text(["[2001:db8::1]:55555 new"])
 
 
 def test_ten_thousand_clients_do_not_hold_up_the_page(page: Page, live: Live) -> None:
@@ -6697,7 +9122,7 @@ def test_the_console_shows_nodes_where_there_are_several(page: Page, live: Live)
     fake_clients(page, clients, partial=True)
     open_console(page, live.port)
     expect(page.get_by_role("columnheader", name="Node")).to_be_visible()
-    expect(rows(page).first.get_by_role("cell").first).to_have_text("aaaaaaaa")
+    expect(rows(page).first.get_by_role("cell").nth(1)).to_have_text("aaaaaaaa")
     expect(page.get_by_text("Some nodes did not answer")).to_be_visible()
 
 
@@ -6713,10 +9138,28 @@ def test_a_small_screen_shows_each_figure_apart(page: Page, live: Live) -> None:
     for width in (320, 390, 768):
         page.set_viewport_size({"width": width, "height": 900})
         assert page.evaluate("document.documentElement.scrollWidth") == width
-        assert 0 < body.evaluate("(body) => body.rows[0].offsetHeight") < 200  # none is squeezed
+        assert 0 < body.evaluate("(body) => body.rows[0].offsetHeight") < 260  # none is squeezed
         texts = body.evaluate(places)
         for (left, right, top, bottom), other in itertools.combinations(texts, 2):
             assert right < other[0] or other[1] < left or bottom <= other[2] or other[3] <= top
+
+
+def test_a_small_screen_shows_every_column_with_its_name(page: Page, live: Live) -> None:
+    fake_clients(page, [{"id": "1", "rooms": ["garden"]}])
+    page.set_viewport_size({"width": 390, "height": 900})
+    open_console(page, live.port)
+    cells = rows(page).locator("td")
+    expect(cells).to_have_count(8)
+    names = cells.evaluate_all(
+        "(cells) => cells.map((cell) => getComputedStyle(cell, '::before').content)"
+    )
+    columns = ("Rooms", "Node", "Since", "In", "Out", "Unsent bytes")
+    assert names[1:-1] == [f'"{name}"' for name in columns]
+    for cell in cells.all():
+        box = cell.bounding_box()
+        assert box
+        assert box["x"] >= 0
+        assert box["x"] + box["width"] <= 390
 
 
 def test_a_lost_server_and_the_last_figures_moment_are_seen_wherever_one_has_scrolled_to(
@@ -6818,7 +9261,7 @@ def test_an_announcement_from_the_console_reaches_one(
 def test_the_console_says_what_is_wrong_with_an_announcement(page: Page, live: Live) -> None:
     faults = [
         ("Payload, in JSON", "{oops", "in JSON at position 1"),
-        ("To: all, or a client's id", "nobody", "No client with this id is connected."),
+        ("To: all, #room or an id", "nobody", "No client with this id is connected."),
         ("Event name", "$connect", "event_name: String should match pattern"),
     ]
     open_console(page, live.port)
@@ -6838,6 +9281,171 @@ def test_the_console_says_what_is_wrong_with_an_announcement(page: Page, live: L
     page.keyboard.press("Enter")
     expect(page.get_by_text("reached")).to_have_text("“news” reached clients: 0.")
     expect(page.locator("[aria-invalid=true]")).to_have_count(0)
+
+
+def watch(page: Page, port: int) -> None:
+    open_console(page, port)
+    page.get_by_role("button", name="Watch").click()
+    expect(page.get_by_text("Connection: open")).to_be_visible()
+
+
+def messages(page: Page) -> Locator:
+    return page.get_by_role("list", name="Watch messages live").get_by_role("listitem")
+
+
+def test_the_console_connects_only_when_it_is_asked_to_watch(live: Live, page: Page) -> None:
+    open_console(page, live.port)
+    expect(page.get_by_text("Live", exact=True)).to_be_visible()
+    assert total(live.port) == 0
+    page.get_by_role("button", name="Watch").click()
+    expect(page.get_by_text("Connection: open")).to_be_visible()
+    assert total(live.port) == 1
+    page.get_by_role("button", name="Stop").click()
+    expect(page.get_by_text("Connection: closed")).to_be_visible()
+    wait_until(lambda: total(live.port) == 0, "the page's client to go")
+    expect(page.get_by_role("button", name="Watch")).to_be_focused()
+
+
+def test_the_console_shows_messages_live_and_folded(
+    live: Live, page: Page, connect: Connect
+) -> None:
+    client = connect()
+    client_id = id_of(client)
+    watch(page, live.port)
+    payload = {"text": IMAGE, "rows": [1, 2]}
+    ask(client, "chat", to="all", payload=payload)
+    ask(client, "score", to="all", message="Well done.")
+    expect(messages(page)).to_have_text(
+        [
+            re.compile(rf"\d:\d\d:\d\d.* score +{client_id} → all +Well done. null$"),
+            re.compile(rf"\d:\d\d:\d\d.* chat +{client_id} → all +{{.*onerror"),
+        ]
+    )
+    folded = messages(page).nth(1).locator("pre")
+    expect(folded).to_be_hidden()
+    messages(page).nth(1).locator("summary").click()
+    expect(folded).to_be_visible()
+    assert json.loads(folded.inner_text()) == {
+        "event_name": "chat",
+        "payload": payload,
+        "to": "all",
+        "from_id": client_id,
+        "message": None,
+    }
+    assert (page.locator("img").count(), page.title()) == (0, "datadivr console")
+
+
+def test_the_console_filters_messages_by_event(live: Live, page: Page, connect: Connect) -> None:
+    client = connect()
+    watch(page, live.port)
+    for name in ("chat", "score", "chat"):
+        ask(client, name, to="all")
+    expect(messages(page)).to_have_count(3)
+    field = page.get_by_label("Only events with")
+    field.fill("sco")
+    expect(messages(page)).to_have_text([re.compile("score")])
+    for _ in range(250):  # push out what is hidden, not what is looked for
+        say(client, "chat", to="all")
+    ask(client, "scored", to="all")
+    expect(messages(page).filter(has_text="scored")).to_have_count(1)
+    expect(messages(page)).to_have_count(2)
+    field.fill("")
+    expect(messages(page)).to_have_count(200)
+
+
+def test_the_console_keeps_200_messages_the_newest_first(
+    live: Live, page: Page, connect: Connect
+) -> None:
+    client = connect()
+    watch(page, live.port)
+    for n in range(230):
+        say(client, f"m{n}", to="all")
+    expect(messages(page).first).to_contain_text("m229 ")
+    expect(messages(page)).to_have_count(200)
+    expect(messages(page).last).to_contain_text("m30 ")
+
+
+def test_the_list_of_messages_holds_still_while_it_is_paused_or_read(
+    live: Live, page: Page, connect: Connect
+) -> None:
+    client = connect()
+    watch(page, live.port)
+    ask(client, "first", to="all")
+    messages(page).locator("summary").click()
+    pause = page.get_by_label("Pause")
+    expect(pause).to_be_checked()
+    ask(client, "second", to="all")
+    page.wait_for_function("state.arrived.length === 1")
+    expect(messages(page)).to_have_text([re.compile("first")])
+    expect(messages(page).locator("summary")).to_be_focused()
+    pause.uncheck()
+    expect(messages(page)).to_have_text([re.compile("second"), re.compile("first")])
+    expect(messages(page).last.locator("pre")).to_be_visible()
+
+
+def test_the_console_sends_as_a_client(live: Live, page: Page, connect: Connect) -> None:
+    client = connect()
+    watch(page, live.port)
+    page.get_by_label("Event name").fill("hint")
+    page.get_by_label("Payload").fill('{"n": 12345678901234567890}')
+    page.get_by_role("button", name="Send as a client").click()
+    expect(page.get_by_text("“hint” is sent.")).to_be_visible()
+    heard = hear(client)
+    assert heard["payload"] == {"n": 12345678901234567890}
+    assert heard["from_id"] in datadivr.clients
+    expect(messages(page)).to_have_text([re.compile("hint")])  # to all: to this page too
+    page.get_by_label("Payload").fill("{oops")
+    page.get_by_role("button", name="Send as a client").click()
+    expect(page.get_by_label("Payload")).to_have_attribute("aria-invalid", "true")
+    page.get_by_role("button", name="Stop").click()
+    expect(page.get_by_role("button", name="Send as a client")).to_be_hidden()
+
+
+def test_the_console_asks_for_a_client_token_once_it_is_refused(
+    live: Live, page: Page, connect: Connect, configure: Callable[..., None]
+) -> None:
+    configure(client_token="for-clients")
+    open_console(page, live.port)
+    field = page.get_by_placeholder("Client token")
+    expect(page.get_by_text("Live", exact=True)).to_be_visible()
+    expect(field).to_be_hidden()
+    page.get_by_role("button", name="Watch").click()
+    expect(page.get_by_text("Connection: refused")).to_be_visible()
+    field.fill("for-clients")
+    field.press("Enter")
+    expect(page.get_by_text("Connection: open")).to_be_visible()
+
+
+def test_who_signs_out_watches_no_more(live: Live, page: Page, connect: Connect) -> None:
+    watch(page, live.port)
+    ask(connect(), "chat", to="all")
+    expect(messages(page)).to_have_count(1)
+    page.get_by_role("button", name="Sign out").click()
+    wait_until(lambda: total(live.port) == 1, "the page's client to go")
+    assert page.locator("#messages > *").count() == 0
+
+
+def test_a_thousand_messages_a_second_do_not_hold_up_the_page(
+    live: Live, page: Page, connect: Connect
+) -> None:
+    client = connect()
+    watch(page, live.port)
+    page.evaluate("""() => {
+      window.tasks = [];
+      const note = (list) => tasks.push(...list.getEntries().map(({ duration }) => duration));
+      new PerformanceObserver(note).observe({ type: "longtask" });
+      window.frames = [];
+      const count = (time) => { frames.push(time); requestAnimationFrame(count); };
+      requestAnimationFrame(count); }""")
+    began = time.monotonic()
+    for n in range(1500):
+        say(client, f"m{n}", to="all", payload={"text": "x" * 100})
+        time.sleep(max(0, began + n / 1000 - time.monotonic()))
+    expect(messages(page).first).to_contain_text("m1499 ")
+    assert page.evaluate("tasks.filter((duration) => duration > 100)") == []
+    frames = page.evaluate("frames")
+    gaps = [after - before for before, after in itertools.pairwise(frames)]
+    assert statistics.median(gaps) < 50
 
 
 def test_the_console_asks_before_it_disconnects(page: Page, live: Live, connect: Connect) -> None:
@@ -6923,7 +9531,7 @@ def test_the_console_pages(page: Page, live: Live) -> None:
     expect(following).to_be_disabled()
     previous.click()
     expect(page.get_by_text("21\u201340 of 45")).to_be_visible()
-    page.get_by_label("Address, id or user").fill("id-4")
+    page.get_by_label("Address, id, user or room").fill("id-4")
     expect(page.get_by_text("1\u20136 of 6")).to_be_visible()
     page.unroute(CLIENT_LIST)
     expect(page.get_by_text("No clients")).to_be_visible()
@@ -7005,9 +9613,11 @@ def test_the_console_works_under_any_path(page: Page, registry: None) -> None:
             page.goto(f"http://127.0.0.1:{live.port}{path}#token={TOKEN}")
             expect(page.get_by_text("Live", exact=True)).to_be_visible()
             assert page.url == f"http://127.0.0.1:{live.port}{path}"
+            page.get_by_role("button", name="Watch").click()
+            expect(page.get_by_text("Connection: open")).to_be_visible()
 
 
-def test_axe_finds_nothing(browser: Browser, live: Live, connect: Connect) -> None:
+def test_axe_finds_nothing(live: Live, connect: Connect, browser: Browser) -> None:
     axe = node_module("axe-core/axe.min.js")
     ask(connect(), "m", to="nobody")
     with browser.new_context(bypass_csp=True) as context:
@@ -7042,6 +9652,10 @@ def test_axe_finds_nothing(browser: Browser, live: Live, connect: Connect) -> No
         page.get_by_label("Payload").fill("{oops")
         page.get_by_role("button", name="Send").click()
         expect(page.locator("[aria-invalid=true]")).to_have_count(1)
+        page.get_by_role("button", name="Watch").click()
+        expect(page.get_by_text("Connection: open")).to_be_visible()
+        ask(connect(), "m", to="all")
+        expect(messages(page)).to_have_count(1)
         assert violations(looks) == []
         rows(page).first.get_by_role("button", name="Disconnect").click()
         assert violations(looks[::3]) == []
@@ -7049,6 +9663,44 @@ def test_axe_finds_nothing(browser: Browser, live: Live, connect: Connect) -> No
         page.route("**/*", lambda route: route.abort())
         expect(page.get_by_text("does not answer")).to_be_visible()
         assert violations(looks[::3]) == []
+
+
+def test_the_console_shows_rooms_and_finds_clients_by_them(
+    page: Page, live: Live, connect: Connect
+) -> None:
+    clients = [connect(), connect()]
+    ids = [id_of(client) for client in clients]
+    for room in ("garden", "user:ada"):
+        url = f"http://127.0.0.1:{live.port}/clients/{ids[1]}/rooms/{room}"
+        assert http.put(url, headers=ADMIN).status_code == 204
+    open_console(page, live.port)
+    expect(rows(page)).to_have_count(2)
+    expect(rows(page).nth(1)).to_contain_text("garden")
+    expect(rows(page).nth(1)).to_contain_text("user:ada")
+    page.get_by_role("searchbox").fill("user:ada")
+    expect(rows(page)).to_have_count(1)
+    expect(rows(page).first).to_contain_text(ids[1])
+
+
+def test_an_announcement_from_the_console_reaches_a_room(
+    page: Page, live: Live, connect: Connect
+) -> None:
+    member, stranger = connect(), connect()
+    url = f"http://127.0.0.1:{live.port}/clients/{id_of(member)}/rooms/garden"
+    assert http.put(url, headers=ADMIN).status_code == 204
+    open_console(page, live.port)
+    page.get_by_label("Event name").fill("news")
+    page.get_by_label(re.compile("^(To|Recipient)")).fill("#garden")
+    page.get_by_role("button", name="Send").click()
+    expect(page.get_by_text("reached")).to_have_text("“news” reached clients: 1.")
+    assert hear(member) == message_from("server", "news", "#garden")
+    assert hear_all(stranger) == []
+
+
+def test_a_node_that_knows_no_rooms_breaks_the_consoles_list_not(page: Page, live: Live) -> None:
+    fake_clients(page, [{"id": "1" * 36, "user": None}, {"id": "2" * 36, "user": "Ada"}])
+    open_console(page, live.port)
+    expect(rows(page)).to_have_count(2)
 
 
 mark_section("console")
@@ -7578,6 +10230,311 @@ def test_the_readmes_unit_of_systemd_serves_behind_its_nginx(tmp_path: Path) -> 
         with dial(f"ws://127.0.0.1:{proxy.port}/ws", origin=Origin(listed)) as client:
             url = f"http://127.0.0.1:{proxy.port}/clients/{id_of(client)}"
             assert http.get(url, headers=ADMIN).json()["address"] == "127.0.0.1"
+
+
+# A lobby of tables at which people play and watch, on any number of nodes: the test of all of it.
+LOBBY = """
+    from typing import Literal
+
+    from fastapi import HTTPException, WebSocket
+    from fastapi.responses import HTMLResponse
+    from pydantic import BaseModel
+
+    from datadivr import WebSocketMessage, app, authorize_client, broadcast, clients
+    from datadivr import create_message, disconnect_client, join_room, leave_room, list_clients
+    from datadivr import websocket_handler
+
+    TABLES = {"chess": 2, "poker": 4}  # seats
+    MODERATORS = {"Mo"}
+
+    async def log_in(websocket: WebSocket) -> None:
+        await authorize_client(websocket)
+        name = websocket.query_params.get("name", "")
+        if not name.isalpha():
+            raise HTTPException(403, "Log in first.")
+        websocket.state.user = name
+        websocket.state.rooms = {"lobby", f"user:{name}"}
+
+    app.dependency_overrides[authorize_client] = log_in
+
+    class Seat(BaseModel):
+        table: Literal["chess", "poker"]
+        watch: bool = False
+
+    async def people(room: str) -> dict[str, str]:
+        page = await list_clients(limit=1000, room=room)
+        return {client.id: client.user or "" for client in page.clients}
+
+    async def tell(room: str, event_name: str, payload: object) -> None:
+        await broadcast(create_message(event_name, payload, f"#{room}"))
+
+    def name_of(message: WebSocketMessage) -> str:
+        return clients[message.from_id].user or ""
+
+    @websocket_handler("$connect")
+    async def come(message: WebSocketMessage) -> WebSocketMessage:
+        await tell("lobby", "came", name_of(message))
+        here = sorted((await people("lobby")).values())
+        return create_message("here", here, message.from_id)
+
+    @websocket_handler("$disconnect")
+    async def go(message: WebSocketMessage) -> None:
+        for room in clients[message.from_id].rooms & {"lobby", *TABLES}:
+            await tell(room, "went", name_of(message))
+
+    @websocket_handler("sit")
+    async def sit(message: WebSocketMessage[Seat]) -> WebSocketMessage:
+        table, watch = message.payload.table, message.payload.watch
+        seated = await people(f"{table}:players")
+        if not watch and len(seated) >= TABLES[table] and message.from_id not in seated:
+            raise HTTPException(409, "The table is full.")
+        await join_room(message.from_id, table, listen_only=watch)
+        if not watch:
+            await join_room(message.from_id, f"{table}:players")
+            await tell(table, "sat", name_of(message))
+        players = sorted((await people(f"{table}:players")).values())
+        return create_message("table", players, message.from_id)
+
+    @websocket_handler("stand")
+    async def stand(message: WebSocketMessage[Seat]) -> None:
+        table = message.payload.table
+        await tell(table, "stood", name_of(message))
+        await leave_room(message.from_id, table)
+        await leave_room(message.from_id, f"{table}:players")
+
+    @websocket_handler("remove")
+    async def remove(message: WebSocketMessage[str]) -> WebSocketMessage:
+        if name_of(message) not in MODERATORS:
+            raise HTTPException(403, "Only moderators remove people.")
+        found = await people(f"user:{message.payload}")
+        if not found:
+            raise HTTPException(404, f"{message.payload} is not here.")
+        for client_id in found:
+            await disconnect_client(client_id)
+        return create_message("removed", len(found), message.from_id)
+
+    PAGE = '''<!doctype html>
+    <title>Lobby</title>
+    <ul id="log"></ul>
+    <form><input id="move" aria-label="Move" /> <button>Send</button></form>
+    <script>
+      const url = location.origin.replace("http", "ws") + "/ws" + location.search;
+      const socket = new WebSocket(url);
+      const questions = new Map();
+      let last = 0;
+      function show(text) {
+        document.querySelector("#log").appendChild(document.createElement("li")).textContent = text;
+      }
+      function ask(event_name, payload, to) {
+        return new Promise((resolve, reject) => {
+          questions.set((last += 1), { resolve, reject });
+          socket.send(JSON.stringify({ event_name, payload, to, id: last }));
+        });
+      }
+      socket.onopen = async () => show("at " + (await ask("sit", { table: "chess" })).payload);
+      socket.onclose = ({ reason }) => show("closed: " + reason);
+      socket.onmessage = ({ data }) => {
+        const message = JSON.parse(data);
+        const question = questions.get(message.id);
+        questions.delete(message.id);
+        if (!question) show(message.event_name + " " + message.payload);
+        else if (message.event_name === "error") question.reject(new Error(message.message));
+        else question.resolve(message);
+      };
+      document.querySelector("form").onsubmit = async (event) => {
+        event.preventDefault();
+        const move = document.querySelector("#move").value;
+        await ask("move", move, "#chess").then(
+          () => show("played " + move),
+          (error) => show("refused: " + error.message),
+        );
+      };
+    </script>'''
+
+    @app.get("/lobby")
+    async def page() -> HTMLResponse:
+        return HTMLResponse(PAGE)
+"""
+
+
+def answer_to(client: ClientConnection, event_name: str, **fields: Any) -> Json:
+    """Ask, and return the answer, past what comes before it."""
+    say(client, event_name, id="question", **fields)
+    while (message := hear(client)).get("id") != "question":
+        pass
+    return message
+
+
+def sit(client: ClientConnection, **seat: Any) -> Any:
+    told = answer_to(client, "sit", payload={"table": "chess", **seat})
+    return told["message"] or told["payload"]
+
+
+def test_a_lobby_of_tables_works_on_two_nodes(
+    cluster: Cluster, browser: Browser, tmp_path: Path
+) -> None:
+    code = textwrap.dedent(LOBBY)
+    assert code.count("\n") <= 150
+    (tmp_path / "lobby.py").write_text(code)
+    with contextlib.ExitStack() as stack:
+        nodes = [
+            stack.enter_context(
+                Node(cluster[0].url, tmp_path, "lobby:app", DATADIVR_REDIS_PREFIX="lobby")
+            )
+            for _ in range(2)
+        ]
+
+        def come(name: str, node: int) -> ClientConnection:
+            client = stack.enter_context(dial_node(nodes[node], f"/ws?name={name}"))
+            hear_event(client, "here")
+            return client
+
+        with pytest.raises(InvalidStatus):
+            dial_node(nodes[0], "/ws?name=")
+        ada, bob, cyd = come("Ada", 0), come("Bob", 1), come("Cyd", 0)
+        mo = come("Mo", 1)
+        page = browser.new_page()
+        stack.callback(page.close)
+        page.goto(f"http://127.0.0.1:{nodes[1].port}/lobby?name=Eve")
+        log = page.locator("#log li")
+        expect(page.get_by_text("at Eve", exact=True)).to_be_visible()
+        again = come("Ada", 1)  # her other device
+        assert hear_event(ada, "came")["payload"] == "Bob"
+
+        # Two have a seat, the third may only watch; whoever is at no table hears nothing of it.
+        assert sit(ada) == ["Ada", "Eve"]
+        expect(page.get_by_text("sat Ada", exact=True)).to_be_visible()
+        assert sit(bob) == "The table is full."
+        assert sit(bob, watch=True) == ["Ada", "Eve"]
+        assert sit(bob, table="bridge").startswith("payload.table: ")
+        assert answer_to(ada, "move", payload="e4", to="#chess")["event_name"] == "ok"
+        assert hear_event(bob, "move")["payload"] == "e4"
+        expect(page.get_by_text("move e4", exact=True)).to_be_visible()
+        told = answer_to(bob, "move", payload="e5", to="#chess")
+        assert told["payload"] == {"code": "not_in_room", "event_name": "move"}
+        page.get_by_label("Move").fill("e5")
+        page.get_by_role("button").click()
+        expect(page.get_by_text("played e5", exact=True)).to_be_visible()
+        assert hear_event(ada, "move")["payload"] == "e5"
+        assert "move" not in {message["event_name"] for message in hear_all(cyd)}
+
+        # A person is reached on each device, and removed from both nodes by name.
+        private: Json = {"event_name": "order", "payload": 1, "to": "#user:Ada"}
+        assert nodes[1].api.post("/messages", json=private).json()["recipients"] == 2
+        for device in (ada, again):
+            assert hear_event(device, "order") == message_from("server", **private)
+        told = answer_to(cyd, "remove", payload="Ada")
+        assert told["payload"] == {"code": "refused", "status": 403, "event_name": "remove"}
+        assert answer_to(mo, "remove", payload="Zoe")["message"] == "Zoe is not here."
+        assert answer_to(mo, "remove", payload="Ada")["payload"] == 2
+        assert [close_code(device) for device in (ada, again)] == [1008, 1008]
+        expect(page.get_by_text("went Ada", exact=True).first).to_be_visible()
+        assert hear_event(bob, "went")["payload"] == "Ada"
+        assert sit(bob) == ["Bob", "Eve"]  # there is a seat now
+        assert answer_to(bob, "stand", payload={"table": "chess"})["event_name"] == "ok"
+        assert answer_to(mo, "remove", payload="Eve")["payload"] == 1
+        expect(log.last).to_have_text("closed: Disconnected by an administrator")
+        page_of = nodes[0].api.get("/clients", params={"room": "lobby"}).json()
+        assert sorted(client["user"] for client in page_of["clients"]) == ["Bob", "Cyd", "Mo"]
+
+
+# Of the README's recipe: the numbered messages of a room, and what a page asks for on coming back.
+MISSED = """
+    from collections import deque
+
+    from datadivr import WebSocketMessage, app, broadcast, create_message, join_room
+    from datadivr import websocket_handler
+
+    kept: deque[dict] = deque(maxlen=1000)  # the last messages of the room "news"
+    last = 0
+
+    async def publish(text: str) -> None:
+        global last
+        last += 1
+        kept.append({"number": last, "text": text})
+        await broadcast(create_message("news", kept[-1], to="#news"))
+
+    @websocket_handler("come")
+    async def come(message: WebSocketMessage[int]) -> WebSocketMessage:
+        await join_room(message.from_id, "news")  # first, so that nothing falls in between
+        missed = [news for news in kept if news["number"] > message.payload]
+        whole = not missed or missed[0]["number"] == message.payload + 1
+        return create_message("missed", {"whole": whole, "news": missed}, message.from_id)
+
+    @app.post("/news")
+    async def post(text: str) -> None:
+        await publish(text)  # a way in for the test
+"""
+MISSED_PAGE = """
+    let seen = 0;
+    window.shown = [];
+    function show({ number, text }) {
+      if (number <= seen) return; // it came twice: live, and in the answer
+      seen = number;
+      shown.push(text);
+    }
+    function connect() {
+      const socket = (window.socket = new WebSocket(URL));
+      const waiting = []; // news that came before the answer
+      let answered = false;
+      socket.onopen = () =>
+        socket.send(JSON.stringify({ event_name: "come", payload: seen, id: 1 }));
+      socket.onmessage = ({ data }) => {
+        const { event_name, payload, id } = JSON.parse(data);
+        if (id === 1) {
+          answered = true;
+          [...payload.news, ...waiting].forEach(show);
+        } else if (event_name === "news") answered ? show(payload) : waiting.push(payload);
+      };
+      socket.onclose = () => setTimeout(connect, 200);
+    }
+    connect();
+"""
+
+
+def test_a_page_that_lost_its_connection_gets_what_it_missed_in_order(
+    browser: Browser, tmp_path: Path
+) -> None:
+    code = textwrap.dedent(MISSED)
+    assert code.count("\n") <= 30
+    (tmp_path / "missed.py").write_text(code)
+    command = ["-m", "uvicorn", "missed:app", "--port", "{port}"]
+    with Process(*command, cwd=tmp_path) as process, browser.new_context() as context:
+        process.wait_until_up()
+        page = context.new_page()
+        origin = f"http://127.0.0.1:{process.port}"
+
+        def publish(*texts: str) -> None:
+            for text in texts:
+                assert http.post(f"{origin}/news", params={"text": text}).status_code == 200
+
+        def wait_for(*texts: str) -> None:
+            page.wait_for_function("texts => shown.join() === texts", arg=",".join(texts))
+
+        def members() -> int:
+            listed = http.get(f"{origin}/clients?room=news", headers=ADMIN).json()
+            return int(listed["total"])
+
+        publish("before")
+        page.goto(f"{origin}/healthz")
+        page.evaluate(MISSED_PAGE.replace("URL", f'"ws://127.0.0.1:{process.port}/ws"'))
+        wait_for("before")
+        publish("1", "2")
+        wait_for("before", "1", "2")
+        (client,) = http.get(f"{origin}/clients", headers=ADMIN).json()["clients"]
+        page.evaluate("window.hold = socket.onclose; socket.onclose = null")
+        http.delete(f"{origin}/clients/{client['id']}", headers=ADMIN)
+        wait_until(lambda: members() == 0, "the page to be gone")
+        publish("3", "4")  # while it is away
+        page.evaluate("hold()")
+        wait_until(lambda: members() == 1, "the page to be back")
+        publish("5")
+        wait_for("before", "1", "2", "3", "4", "5")
+        for number in range(3):  # it goes and comes while there is news
+            page.evaluate("socket.close()")
+            publish(*(f"{number}-{n}" for n in range(20)))
+        later = [f"{number}-{n}" for number in range(3) for n in range(20)]
+        wait_for("before", "1", "2", "3", "4", "5", *later)
 
 
 mark_section("readme")
