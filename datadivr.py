@@ -58,6 +58,7 @@ from functools import cache, partial
 from importlib import import_module
 from operator import attrgetter
 from pathlib import Path
+from types import MethodType
 from typing import Annotated, Any, Generic, Literal, NamedTuple, cast
 from urllib.parse import parse_qs, urlsplit
 from weakref import WeakValueDictionary
@@ -370,7 +371,7 @@ def _check_room(room: Any) -> str:
 
 def _check_to(to: str) -> str:
     """Return what a message is addressed to; ValueError if it is a room without a right name."""
-    if to.startswith("#"):
+    if to[:1] == "#":
         _check_room(to[1:])
     return to
 
@@ -397,6 +398,7 @@ class WebSocketMessage(BaseModel, Generic[_PayloadT]):
 
 class _ClientMessage(WebSocketMessage):
     event_name: _UnreservedEventName
+    to: str = "others"  # which `parse_message` checks, for a validator in Python costs more
 
 
 _Validate = Callable[[str | bytes], Any]
@@ -428,6 +430,10 @@ def parse_message(data: str | bytes) -> WebSocketMessage:
         InvalidMessageFormat: it is not a message; the text names the fields that are wrong.
     """
     message: WebSocketMessage = _parse(_validate_client_message, data, "invalid_message")
+    try:
+        _check_to(message.to)
+    except ValueError as error:
+        raise InvalidMessageFormat(f"to: {error}"[:500]) from None
     return message
 
 
@@ -448,10 +454,8 @@ def _encode(message: WebSocketMessage) -> bytes:
     """Return a message as JSON.
 
     Raises:
-        TypeError: it is no `WebSocketMessage`, or a subclass with fields that would be lost.
         PydanticSerializationError: JSON cannot hold its payload; the text names place and type.
     """
-    _check_type(type(message))
     left_out = _WITHOUT_ID if message.id is None else None
     try:
         return _to_json(message, by_alias=True, exclude=left_out, fallback=_to_list)
@@ -463,6 +467,7 @@ def _encode(message: WebSocketMessage) -> bytes:
 
 @cache
 def _check_type(kind: type) -> None:
+    """Raise TypeError unless messages of this type can go out whole."""
     if not issubclass(kind, WebSocketMessage):
         raise TypeError(f"expected a WebSocketMessage, got {kind.__name__}")
     if own := kind.model_fields.keys() - WebSocketMessage.model_fields.keys():
@@ -627,11 +632,10 @@ def _find_handler(event_name: str) -> tuple[str, _Registered | None]:
     return event_name, _server_handlers.get(event_name)
 
 
-async def _run_handler(message: WebSocketMessage) -> tuple[WebSocketMessage, _Answer]:
-    """Run a message's handler; return the message that it was given, and its answer."""
-    _, registered = _find_handler(message.event_name)
-    if registered is None:
-        return message, None if message.event_name.startswith("$") else message
+async def _run_handler(
+    registered: _Registered, message: WebSocketMessage
+) -> tuple[WebSocketMessage, _Answer]:
+    """Run a handler; return the message that it was given, and its answer."""
     handler, runs_in_loop, validate, seconds = registered
     if validate is not None:
         message = _parse(validate, _encode(message), "invalid_payload")
@@ -654,7 +658,10 @@ async def handle_msg(message: WebSocketMessage) -> WebSocketMessage | None:
         InvalidMessageFormat: the payload is not of the type that the handler's annotation names.
         TypeError: the handler returned something that is neither a `WebSocketMessage` nor None.
     """
-    _, answer = await _run_handler(message)
+    _, registered = _find_handler(message.event_name)
+    if registered is None:
+        return None if message.event_name.startswith("$") else message
+    _, answer = await _run_handler(registered, message)
     return answer
 
 
@@ -775,20 +782,11 @@ class _UvicornConnection:
 
         uvicorn answers pings past this file, and would keep an answer to each in memory.
         """
-
-        def pause() -> None:
-            protocol.writable.clear()  # uvicorn's `send`, which a host's endpoint may call, waits
-            protocol.transport.pause_reading()
-
-        def resume() -> None:
-            protocol.writable.set()
-            if not protocol.read_paused:  # by uvicorn, whose queue is not empty
-                protocol.transport.resume_reading()
-
-        protocol.pause_writing, protocol.resume_writing = pause, resume
+        protocol.pause_writing = MethodType(_pause, protocol)
+        protocol.resume_writing = MethodType(_resume, protocol)
         limit = _settings().max_buffer_bytes
         protocol.transport.set_write_buffer_limits(limit, limit)
-        resume()
+        _resume(protocol)
 
     def receive(self) -> Awaitable[Message]:
         message: Awaitable[Message] = self._protocol.receive()
@@ -824,6 +822,17 @@ class _UvicornConnection:
         protocol: Any = getattr(receive, "__self__", None)
         if getattr(protocol, "initial_response", None):
             protocol.handshake_complete = True
+
+
+def _pause(protocol: Any) -> None:
+    protocol.writable.clear()  # uvicorn's `send`, which a host's endpoint may call, waits
+    protocol.transport.pause_reading()
+
+
+def _resume(protocol: Any) -> None:
+    protocol.writable.set()
+    if not protocol.read_paused:  # by uvicorn, whose queue is not empty
+        protocol.transport.resume_reading()
 
 
 class _AsgiConnection:
@@ -1003,13 +1012,16 @@ _SWEEP_SECONDS = 1.0
 _UNKNOWN_RECIPIENT = "unknown_recipient", "No client with the id in `to` is connected."
 
 
-class _Shared(NamedTuple):
-    """What clients that hear the same rooms of a batch share."""
+class _Shared:
+    """What the clients that hear the same rooms of a batch share."""
 
-    frames: bytes
-    messages: int  # how many these are
-    places: Sequence[int]  # of these messages in the batch
-    starts: list[int]  # of their frames in `frames`, and its end
+    def __init__(self, places: Sequence[int], frames: list[bytes]) -> None:
+        self.places = places  # of its messages in the batch
+        self.frames = frames
+        self.joined = b"".join(frames)
+        self.starts: list[
+            int
+        ] = []  # of the frames in `joined`, and its end; once a client needs it
 
 
 class _Batch:
@@ -1033,10 +1045,7 @@ class _Batch:
         if left_out is not None:
             self.edits.setdefault(left_out, []).append((place, None))
         self.messages.append(message)
-        if room in self.places:
-            self.places[room].append(place)
-        else:
-            self.places[room] = [place]
+        self.places.setdefault(room, []).append(place)
         self.size += len(message)
 
     def add_for(self, client: Client, message: bytes) -> None:
@@ -1048,13 +1057,16 @@ class _Batch:
         framing = client.connection.framing
         shared = self._shared.get((framing, client.heard)) or self._share(framing, client.heard)
         if client not in self.edits:
-            return shared.frames, shared.messages
-        frames, count, places, starts = shared
-        view = memoryview(frames)
+            return shared.joined, len(shared.frames)
+        if not shared.starts:
+            shared.starts = [*itertools.accumulate(map(len, shared.frames), initial=0)]
+        view, starts = memoryview(shared.joined), shared.starts
         parts: list[bytes | memoryview] = []
+        count = len(shared.frames)
         next_start = 0
+        has_all = count == len(self.messages)
         for place, message in self.edits[client]:
-            index = bisect_left(places, place)
+            index = place if has_all else bisect_left(shared.places, place)
             parts.append(view[next_start : starts[index]])
             if message is None:
                 next_start = starts[index + 1]
@@ -1067,16 +1079,14 @@ class _Batch:
         return b"".join(parts), count
 
     def _share(self, framing: _Framing, heard: frozenset[str]) -> _Shared:
-        rooms = frozenset(room for room in heard if room in self.places)  # as others may hear
-        shared = self._shared.get((framing, rooms))
+        rooms = frozenset(room for room in heard if room in self.places)
+        shared = self._shared.get((framing, rooms))  # others may hear the same of these rooms
         if shared is None:
             if framing not in self._frames:
                 self._frames[framing] = [framing(message) for message in self.messages]
-            all_frames = self._frames[framing]
+            frames = self._frames[framing]
             places: Sequence[int] = sorted(itertools.chain(*(self.places[room] for room in rooms)))
-            frames = [all_frames[place] for place in places]
-            starts = [*itertools.accumulate(map(len, frames), initial=0)]
-            shared = _Shared(b"".join(frames), len(frames), places, starts)
+            shared = _Shared(places, [frames[place] for place in places])
             self._shared[framing, rooms] = shared
         self._shared[framing, heard] = shared
         return shared
@@ -1186,10 +1196,9 @@ class _Hub:
     def publish(self, to: str, message: bytes, sender: Client | None = None) -> int:
         """Send a message to the clients that `to` names here, and return how many these are."""
         was_empty = not self.batch.size
-        is_room = to.startswith("#")
-        if is_room or to in _EVERYBODY:
-            room = to[1:] if is_room else ""
-            members: Any = self.rooms.get(room) if is_room else clients
+        room = to[1:] if to[:1] == "#" else ""
+        if room or to in _EVERYBODY:
+            members: Any = self.rooms.get(room) if room else clients
             if not members:
                 return 0
             if to == "all" or sender is None or sender.removed_because or room not in sender.heard:
@@ -1221,25 +1230,34 @@ class _Hub:
         batch, self.batch = self.batch, _Batch()
         recipients: Collection[Client] = clients.values()
         if "" not in batch.places:  # it is for some clients alone
-            recipients = set(batch.edits).union(
-                *(self.rooms.get(room, ()) for room in batch.places)
-            )
+            members = (self.rooms.get(room, ()) for room in batch.places)
+            recipients = set(batch.edits).union(*members)
         limit = _settings().max_buffer_bytes
         is_large = batch.size > limit
+        frames, count, framing, heard = b"", 0, None, None
+        sent = sent_bytes = 0
         for client in tuple(recipients):
             connection = client.connection
             is_doubtful = connection.is_closing() or connection.unsent() > limit
             if is_doubtful and self.drop_if_gone_or_slow(client):
                 continue
-            frames, count = batch.frames_for(client)
+            is_like_last = client.heard is heard and connection.framing is framing
+            if client in batch.edits:
+                frames, count = batch.frames_for(client)
+                heard = None
+            elif not is_like_last:
+                frames, count = batch.frames_for(client)
+                framing, heard = connection.framing, client.heard
             if not frames:
-                continue  # it is the one that sent all that it could hear
+                continue  # it has sent all that it could hear
             connection.write(frames)
             client.messages_sent += count
-            self.sent += count
-            self.sent_bytes += len(frames)
+            sent += count
+            sent_bytes += len(frames)
             if is_large:
                 client.large_batch_bytes = len(frames)
+        self.sent += sent
+        self.sent_bytes += sent_bytes
 
     def count_traffic(self) -> None:
         """Add what was counted to the metrics, in which each count costs a quarter microsecond."""
@@ -1616,7 +1634,7 @@ async def handle_connection(websocket: WebSocket, subprotocol: str | None = None
     finally:
         _hub.remove(client, client.connection.close_reason())
         client.connection.mark_closed(websocket)
-        vars(websocket).pop("close", None)  # of `_make_client`, which refers to the client
+        delattr(websocket, "close")  # which refers to the client
         went = WebSocketMessage(event_name="$disconnect", payload=client.removed_because)
         await _handle(client, went)
 
@@ -1631,20 +1649,21 @@ def _make_client(websocket: WebSocket) -> Client:
     task = cast("asyncio.Task[Any]", asyncio.current_task())
     connection = _open_connection(websocket)
     client = Client(client_id, _hub.node, address, now, websocket, connection, task)
-
-    async def close(code: int = 1000, reason: str | None = None) -> None:
-        """Close as a handler wants it: no frames may follow the close frame (RFC 6455, 5.5.1)."""
-        websocket.application_state = WebSocketState.DISCONNECTED
-        _hub.remove(client, "client", code, reason or "")
-
-    vars(websocket)["close"] = close
+    setattr(websocket, "close", MethodType(_close, client))
     return client
+
+
+async def _close(client: Client, code: int = 1000, reason: str | None = None) -> None:
+    """Close a client as its handler wants it: no frame may follow the close frame (RFC 6455, 5.5.1)."""
+    client.websocket.application_state = WebSocketState.DISCONNECTED
+    _hub.remove(client, "client", code, reason or "")
 
 
 async def _read_messages(client: Client) -> None:
     """Handle a client's messages, one after the other, until it goes."""
     allowance = _YIELD_BYTES
     limit = _settings().max_message_bytes
+    messages_per_second = _settings().max_messages_per_second
     while (event := await client.connection.receive())["type"] == "websocket.receive":
         data = event.get("text") or event.get("bytes") or ""  # hypercorn sends both keys
         allowance -= max(len(data), _YIELD_BYTES // 16)
@@ -1663,7 +1682,7 @@ async def _read_messages(client: Client) -> None:
             text = f"DATADIVR_MAX_MESSAGE_BYTES is {limit}"
             _hub.remove(client, "message_too_big", 1009, text)
             continue
-        if _exceeds_rate(client, data):
+        if messages_per_second and _exceeds_rate(client, data, messages_per_second):
             continue
         try:
             message = parse_message(data)
@@ -1673,11 +1692,8 @@ async def _read_messages(client: Client) -> None:
         await _handle(client, message)
 
 
-def _exceeds_rate(client: Client, data: str | bytes) -> bool:
-    """Count a message; tell whether it is more than `max_messages_per_second` allows."""
-    limit = _settings().max_messages_per_second
-    if not limit:
-        return False
+def _exceeds_rate(client: Client, data: str | bytes, limit: int) -> bool:
+    """Count a message; tell whether it is one too many in this second."""
     now = time.monotonic()
     if now - client.second_began >= 1:
         client.second_began = now
@@ -1710,10 +1726,15 @@ async def _handle(client: Client, message: WebSocketMessage) -> None:
     """Run the handler of a client's message, or of its event, and send what comes of it."""
     # `message.from_id = ...` takes pydantic a microsecond.
     vars(message)["from_id"] = client.id
+    event_name, registered = _find_handler(message.event_name)
+    if registered is None:
+        if event_name == "$default":  # and none of the server's own
+            _relay(client, message)
+        return
     to = message.to
     cancelled_before = client.task.cancelling()  # a TaskGroup leaves it raised, before Python 3.13
     try:
-        handled, answer = await _run_handler(message)
+        handled, answer = await _run_handler(registered, message)
         if answer is handled and answer.to == to:
             _relay(client, answer)
         else:
@@ -1721,19 +1742,18 @@ async def _handle(client: Client, message: WebSocketMessage) -> None:
     except asyncio.CancelledError as error:
         if client.task.cancelling() > cancelled_before:
             raise  # it is this connection that is cancelled, not what the handler awaited
-        _send_handler_error(client, message, error)
+        _send_handler_error(client, message, event_name, error)
     except InvalidMessageFormat as error:
         if error.code != "invalid_payload":
-            _send_handler_error(client, message, error)
+            _send_handler_error(client, message, event_name, error)
             return
-        event_name, _ = _find_handler(message.event_name)
         _send_error(client.id, error.code, str(error), message, event_name=event_name)
     except StarletteHTTPException as error:
         if not client.removed_because:
             status = {"status": error.status_code}
             _send_error(client.id, "refused", str(error.detail), message, status)
     except (Exception, SystemExit) as error:
-        _send_handler_error(client, message, error)
+        _send_handler_error(client, message, event_name, error)
 
 
 def _relay(client: Client, message: WebSocketMessage) -> None:
@@ -1778,8 +1798,9 @@ def _answer(client: Client, message: WebSocketMessage, answer: WebSocketMessage 
         _send(create_message("ok", None, client.id, id=question))
 
 
-def _send_handler_error(client: Client, message: WebSocketMessage, error: BaseException) -> None:
-    event_name, _ = _find_handler(message.event_name)
+def _send_handler_error(
+    client: Client, message: WebSocketMessage, event_name: str, error: BaseException
+) -> None:
     text = f"The handler of {event_name!r} failed."
     fields: dict[str, Any] = {"event_name": event_name, "exc_info": error, "level": "error"}
     _send_error(client.id, "handler_error", text, message, **fields)
@@ -2113,13 +2134,6 @@ class App(FastAPI):
     these clients in both cases.
     """
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        host = scope.get("app")  # the application that mounts this one
-        overrides = getattr(host, "dependency_overrides", {})
-        if authorize_client in overrides and authorize_client not in self.dependency_overrides:
-            _warn_of_override(self)
-        await super().__call__(scope, receive, send)
-
     def build_middleware_stack(self) -> ASGIApp:
         stack = super().build_middleware_stack()
 
@@ -2127,6 +2141,9 @@ class App(FastAPI):
             is_websocket = scope["type"] == "websocket"
             if is_websocket and _is_ws_path(scope) and not self._has_additions():
                 websocket = WebSocket(scope, receive, send)
+                host = getattr(scope.get("router"), "dependency_overrides_provider", self)
+                if authorize_client in host.dependency_overrides:  # and this one is mounted there
+                    _warn_of_override(self)
                 try:
                     await websocket_endpoint(websocket)
                 except HTTPException as error:

@@ -4049,7 +4049,7 @@ def test_each_second_one_error_tells_of_messages_over_the_rate(
     connection = FakeConnection()
     client = fake_client(connection)
     for _ in range(3):
-        exceeds = [datadivr._exceeds_rate(client, "{}") for _ in range(9)]
+        exceeds = [datadivr._exceeds_rate(client, "{}", 4) for _ in range(9)]
         assert exceeds == [False] * 4 + [True] * 5
         client.second_began -= 1
     datadivr._hub.flush()
