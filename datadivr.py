@@ -404,19 +404,15 @@ class _ClientMessage(WebSocketMessage):
 _Validate = Callable[[str | bytes], Any]
 
 
-def _parse(validate: _Validate, data: str | bytes, code: str) -> Any:
-    """Validate JSON; InvalidMessageFormat names the wrong fields, without their values."""
-    try:
-        return validate(data)
-    except ValidationError as error:
-        text = f"{error.error_count()} fields are wrong"
-        if error.error_count() <= 20:  # a megabyte can hold a hundred thousand
-            faults = []
-            for detail in error.errors(include_input=False, include_url=False):
-                place = ".".join(map(str, detail["loc"])) or "message"
-                faults.append(f"{place}: {detail['msg']}")
-            text = "; ".join(faults)[:500]
-        raise InvalidMessageFormat(text, code) from None
+def _describe_faults(error: ValidationError) -> str:
+    """Name the wrong fields, without their values, in 500 characters at most."""
+    if error.error_count() > 20:  # a megabyte can hold a hundred thousand
+        return f"{error.error_count()} fields are wrong"
+    faults = []
+    for detail in error.errors(include_input=False, include_url=False):
+        place = ".".join(map(str, detail["loc"])) or "message"
+        faults.append(f"{place}: {detail['msg']}")
+    return "; ".join(faults)[:500]
 
 
 # The adapters' own methods cost half a microsecond more.
@@ -429,12 +425,14 @@ def parse_message(data: str | bytes) -> WebSocketMessage:
     Raises:
         InvalidMessageFormat: it is not a message; the text names the fields that are wrong.
     """
-    message: WebSocketMessage = _parse(_validate_client_message, data, "invalid_message")
     try:
+        message: WebSocketMessage = _validate_client_message(data)
         _check_to(message.to)
+        return message
+    except ValidationError as error:
+        raise InvalidMessageFormat(_describe_faults(error)) from None
     except ValueError as error:
         raise InvalidMessageFormat(f"to: {error}"[:500]) from None
-    return message
 
 
 def _to_list(value: Any) -> Any:
@@ -632,13 +630,20 @@ def _find_handler(event_name: str) -> tuple[str, _Registered | None]:
     return event_name, _server_handlers.get(event_name)
 
 
+def _validate_payload(validate: _Validate, message: WebSocketMessage) -> Any:
+    try:
+        return validate(_encode(message))
+    except ValidationError as error:
+        raise InvalidMessageFormat(_describe_faults(error), "invalid_payload") from None
+
+
 async def _run_handler(
     registered: _Registered, message: WebSocketMessage
 ) -> tuple[WebSocketMessage, _Answer]:
     """Run a handler; return the message that it was given, and its answer."""
     handler, runs_in_loop, validate, seconds = registered
     if validate is not None:
-        message = _parse(validate, _encode(message), "invalid_payload")
+        message = _validate_payload(validate, message)
     began = time.perf_counter()
     try:
         answer = handler(message) if runs_in_loop else await run_in_threadpool(handler, message)
@@ -681,7 +686,7 @@ _validate_numbers: _Validate = TypeAdapter(WebSocketMessage[_Numbers]).validator
 async def sum_handler(message: WebSocketMessage) -> WebSocketMessage:
     """Answer `{"numbers": [...]}` with their sum, a float (`math.fsum`), or an error message."""
     try:
-        parsed = _parse(_validate_numbers, _encode(message), "invalid_payload")
+        parsed = _validate_payload(_validate_numbers, message)
         total = math.fsum(parsed.payload.numbers)
         return create_message("sum_handler_result", total, message.from_id)
     except InvalidMessageFormat as error:
@@ -741,7 +746,7 @@ class _UvicornConnection:
     is missing, the constructor raises AttributeError before it has changed anything.
     """
 
-    __slots__ = ("_protocol", "framing", "is_closing", "unsent", "write")
+    __slots__ = ("_protocol", "framing", "is_closing", "receive", "unsent", "write")
 
     # What is used later of uvicorn's protocol (0.50 to 0.54), its transport, and its connection,
     # which is websockets' (13 to 17).
@@ -764,6 +769,7 @@ class _UvicornConnection:
         self.is_closing: Callable[[], bool] = protocol.transport.is_closing
         self.unsent: Callable[[], int] = protocol.transport.get_write_buffer_size
         self.write: Callable[[bytes], None] = protocol.transport.write
+        self.receive: Callable[[], Awaitable[Message]] = protocol.receive
         self.framing: _Framing = _frame
         for extension in connection.extensions if _settings().compress_min_bytes else ():
             if extension.local_max_window_bits >= _WINDOW_BITS:  # it is permessage-deflate
@@ -787,10 +793,6 @@ class _UvicornConnection:
         limit = _settings().max_buffer_bytes
         protocol.transport.set_write_buffer_limits(limit, limit)
         _resume(protocol)
-
-    def receive(self) -> Awaitable[Message]:
-        message: Awaitable[Message] = self._protocol.receive()
-        return message
 
     def close(self, code: int, reason: str) -> None:
         # websockets must know of it, or it answers the client's close frame with a second one, at
@@ -932,6 +934,11 @@ _ONLY_EVERYBODYS = frozenset({""})
 _CLIENT_ID = re.compile(r"([0-9a-f]{8})-[0-9a-f]{4}-8[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
 
 
+def _read_state(websocket: WebSocket, name: str) -> Any:
+    """Return what the project has set on `websocket.state`, which takes memory once it is read."""
+    return websocket.scope.get("state", {}).get(name)
+
+
 @dataclass(slots=True, eq=False, weakref_slot=True)
 class Client:
     """One connected client, for users to read; from `connection` on, it is not for them."""
@@ -966,7 +973,7 @@ class Client:
     @property
     def user(self) -> str | None:
         """The name that `websocket.state.user` has as a `str`, in 128 characters at most."""
-        user = getattr(self.websocket.state, "user", None)
+        user = _read_state(self.websocket, "user")
         with suppress(Exception):  # of a `str` that is the project's own
             return None if user is None else str(user)[:128].encode(errors="replace").decode()
         return None
@@ -1581,7 +1588,9 @@ def _warn_of_open_door(websocket: WebSocket) -> None:
     with suppress(ValueError):  # the server's address is none: a socket's path, or a test's
         ipaddress.ip_address((websocket.scope.get("server") or ("",))[0])
         overrides = getattr(websocket.scope.get("app"), "dependency_overrides", {})
-        is_closed = is_closed or authorize_client in overrides or hasattr(websocket.state, "user")
+        is_closed = (
+            is_closed or authorize_client in overrides or _read_state(websocket, "user") is not None
+        )
         if not is_closed and not _is_loopback(websocket):
             hint = "anybody on this network can connect; DATADIVR_CLIENT_TOKEN asks for a token"
             _warn("open_to_the_network", hint=hint)
@@ -1616,7 +1625,7 @@ async def handle_connection(websocket: WebSocket, subprotocol: str | None = None
     if 0 < limit <= len(clients) + _hub.arriving:
         hint = "DATADIVR_MAX_CLIENTS is the limit"
         raise _refuse(503, "too_many_clients", f"{limit} clients are connected.", hint)
-    rooms = getattr(websocket.state, "rooms", ())
+    rooms = _read_state(websocket, "rooms") or ()
     rooms = [_check_room(room) for room in (rooms if not isinstance(rooms, str) else [None])]
     if subprotocol is None and websocket.scope.get("subprotocols", [])[:1] == ["bearer"]:
         subprotocol = "bearer"
@@ -1629,14 +1638,13 @@ async def handle_connection(websocket: WebSocket, subprotocol: str | None = None
     _hub.add(client, rooms)
     _warn_of_open_door(websocket)
     try:
-        await _handle(client, WebSocketMessage(event_name="$connect"))
+        await _handle_own(client, "$connect")
         await _read_messages(client)
     finally:
         _hub.remove(client, client.connection.close_reason())
         client.connection.mark_closed(websocket)
         delattr(websocket, "close")  # which refers to the client
-        went = WebSocketMessage(event_name="$disconnect", payload=client.removed_because)
-        await _handle(client, went)
+        await _handle_own(client, "$disconnect", client.removed_because)
 
 
 def _make_client(websocket: WebSocket) -> Client:
@@ -1689,7 +1697,13 @@ async def _read_messages(client: Client) -> None:
         except InvalidMessageFormat as error:
             _send_error(client.id, error.code, str(error), _read_about(data))
             continue
-        await _handle(client, message)
+        # `message.from_id = ...` takes pydantic a microsecond.
+        vars(message)["from_id"] = client.id
+        event_name, registered = _find_handler(message.event_name)
+        if registered is None:
+            _relay(client, message)
+        else:
+            await _handle(client, message, event_name, registered)
 
 
 def _exceeds_rate(client: Client, data: str | bytes, limit: int) -> bool:
@@ -1722,15 +1736,17 @@ def _read_about(data: str | bytes) -> WebSocketMessage:
     return about
 
 
-async def _handle(client: Client, message: WebSocketMessage) -> None:
-    """Run the handler of a client's message, or of its event, and send what comes of it."""
-    # `message.from_id = ...` takes pydantic a microsecond.
-    vars(message)["from_id"] = client.id
-    event_name, registered = _find_handler(message.event_name)
-    if registered is None:
-        if event_name == "$default":  # and none of the server's own
-            _relay(client, message)
-        return
+async def _handle_own(client: Client, event_name: str, payload: str | None = None) -> None:
+    """Run the handler of an event of the server's own, if there is one."""
+    if (registered := _server_handlers.get(event_name)) is not None:
+        message = WebSocketMessage(event_name=event_name, payload=payload, from_id=client.id)
+        await _handle(client, message, event_name, registered)
+
+
+async def _handle(
+    client: Client, message: WebSocketMessage, event_name: str, registered: _Registered
+) -> None:
+    """Run the handler of a client's message, and send what comes of it."""
     to = message.to
     cancelled_before = client.task.cancelling()  # a TaskGroup leaves it raised, before Python 3.13
     try:

@@ -4124,9 +4124,8 @@ def test_a_message_over_the_rate_has_an_error_with_its_id(
 def test_each_message_over_the_rate_that_has_an_id_is_answered_once(
     connect: Connect, live: Live, configure: Callable[..., None]
 ) -> None:
-    client = connect()
-    id_of(client)
     configure(max_messages_per_second=2)
+    client = connect()
     for number in range(20):
         say(client, "silent", id=number)
     answers = [hear(client) for _ in range(20)]
