@@ -746,7 +746,7 @@ class _UvicornConnection:
     is missing, the constructor raises AttributeError before it has changed anything.
     """
 
-    __slots__ = ("_protocol", "framing", "is_closing", "receive", "unsent", "write")
+    __slots__ = ("_protocol", "framing", "is_closing", "unsent", "write")
 
     # What is used later of uvicorn's protocol (0.50 to 0.54), its transport, and its connection,
     # which is websockets' (13 to 17).
@@ -769,7 +769,6 @@ class _UvicornConnection:
         self.is_closing: Callable[[], bool] = protocol.transport.is_closing
         self.unsent: Callable[[], int] = protocol.transport.get_write_buffer_size
         self.write: Callable[[bytes], None] = protocol.transport.write
-        self.receive: Callable[[], Awaitable[Message]] = protocol.receive
         self.framing: _Framing = _frame
         for extension in connection.extensions if _settings().compress_min_bytes else ():
             if extension.local_max_window_bits >= _WINDOW_BITS:  # it is permessage-deflate
@@ -793,6 +792,10 @@ class _UvicornConnection:
         limit = _settings().max_buffer_bytes
         protocol.transport.set_write_buffer_limits(limit, limit)
         _resume(protocol)
+
+    def receive(self) -> Awaitable[Message]:
+        message: Awaitable[Message] = self._protocol.receive()
+        return message
 
     def close(self, code: int, reason: str) -> None:
         # websockets must know of it, or it answers the client's close frame with a second one, at
@@ -1626,7 +1629,7 @@ async def handle_connection(websocket: WebSocket, subprotocol: str | None = None
         hint = "DATADIVR_MAX_CLIENTS is the limit"
         raise _refuse(503, "too_many_clients", f"{limit} clients are connected.", hint)
     rooms = _read_state(websocket, "rooms") or ()
-    rooms = [_check_room(room) for room in (rooms if not isinstance(rooms, str) else [None])]
+    rooms = tuple(_check_room(room) for room in (rooms if not isinstance(rooms, str) else [None]))
     if subprotocol is None and websocket.scope.get("subprotocols", [])[:1] == ["bearer"]:
         subprotocol = "bearer"
     _hub.arriving += 1  # or more than DATADIVR_MAX_CLIENTS could come in at once
