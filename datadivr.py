@@ -819,7 +819,8 @@ class _UvicornConnection:
     def mark_closed(self, websocket: WebSocket) -> None:
         """Tell uvicorn that it is closed: its stop would send a frame after the client's own."""
         self._protocol.close_sent = True
-        websocket.client_state = WebSocketState.DISCONNECTED  # as its own `receive` would
+        # As its own `receive` and `close` would.
+        websocket.client_state = websocket.application_state = WebSocketState.DISCONNECTED
 
     @staticmethod
     def mark_refused(receive: Receive) -> None:
@@ -1382,18 +1383,15 @@ def _send_unknown_recipient(client_id: str, message: bytes) -> None:
     _send_error(client_id, *_UNKNOWN_RECIPIENT, about)
 
 
-async def _in_server(function: Callable[..., Awaitable[Any]], *arguments: Any) -> Any:
+async def _in_server(function: Callable[..., Any], *arguments: Any) -> Any:
     """Await a function in the server's event loop, whichever loop and thread this is called in."""
     loop = _hub.loop
     if loop is asyncio.get_running_loop():
         return await function(*arguments)
     if loop is None or not loop.is_running():
         raise HTTPException(503, "No server runs in this process.")
-
-    async def call() -> Any:
-        return await function(*arguments)
-
-    return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(call(), loop))
+    called = asyncio.run_coroutine_threadsafe(function(*arguments), loop)
+    return await asyncio.wrap_future(called)
 
 
 async def broadcast(message: WebSocketMessage, sender: WebSocket | None = None) -> int:
@@ -1666,7 +1664,6 @@ def _make_client(websocket: WebSocket) -> Client:
 
 async def _close(client: Client, code: int = 1000, reason: str | None = None) -> None:
     """Close a client as its handler wants it: no frame may follow the close frame (RFC 6455, 5.5.1)."""
-    client.websocket.application_state = WebSocketState.DISCONNECTED
     _hub.remove(client, "client", code, reason or "")
 
 
