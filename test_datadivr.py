@@ -22,6 +22,7 @@ import math
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -3253,7 +3254,7 @@ class Scraped(Process):
         (folder / "application.py").write_text(textwrap.dedent(APPLICATION))
         tokens: Any = {"DATADIVR_METRICS_TOKEN": "of-prometheus"} if protected else {}
         super().__init__(*SERVERS["uvicorn"], cwd=folder, **tokens)
-        (scrape,) = blocks("yaml")
+        scrape = block("yaml", "scrape_configs").replace("rule_files: [alerts.yml]\n", "")
         if protected:
             scrape = scrape.replace("# auth", "auth").replace("choose-one", "of-prometheus")
         often = "global: {scrape_interval: 100ms}\n"
@@ -3360,7 +3361,7 @@ def test_each_panel_of_the_readmes_dashboard_shows_something(
 
 
 def test_an_alert_fires_where_a_client_that_does_not_read_is_dropped(scraped: Scraped) -> None:
-    (alert,) = re.findall(r"`(.*slow_client.*> 0)`", README)
+    (alert,) = re.findall(r"expr: (.*slow_client.*> 0)", README)
     assert scraped.query(alert) == []
     with (
         raw_client(scraped.port, buffer=4096) as stalled,
@@ -3374,7 +3375,7 @@ def test_an_alert_fires_where_a_client_that_does_not_read_is_dropped(scraped: Sc
 
 
 def test_an_alert_fires_where_handlers_fail(scraped: Scraped, connect: Connect) -> None:
-    (alert,) = re.findall(r"`(rate.*handler_error.*> 0.1)`", README)
+    (alert,) = re.findall(r"expr: (rate.*handler_error.*> 0.1)", README)
     client = connect()
 
     def fires() -> bool:
@@ -9710,7 +9711,25 @@ mark_section("console")
 
 def test_each_block_of_the_readme_has_a_language_that_is_tested() -> None:
     languages = set(re.findall(r"^```(.*)\n(?:.*\n)*?```$", README, re.MULTILINE))
-    assert languages == {"sh", "json", "python", "js", "yaml", "nginx", "ini"}
+    assert languages == {"sh", "text", "json", "python", "html", "js", "yaml", "nginx", "ini"}
+
+
+def test_each_link_within_the_readme_leads_to_a_heading() -> None:
+    headings = re.findall(r"^##+ (.*)$", README, re.MULTILINE)
+    anchors = {re.sub(r"[^\w -]", "", text.lower()).replace(" ", "-") for text in headings}
+    links = set(re.findall(r"\]\(#([^)]+)\)", README))
+    parts = {"recipes", "reference", "contents"}
+    assert links <= anchors <= links | parts | {a for a in anchors if a[0].isdigit()}
+
+
+@pytest.mark.parametrize("language", ["js", "html", "json"])
+def test_the_readmes_blocks_are_as_prettier_leaves_them(language: str, tmp_path: Path) -> None:
+    prettier = node_module("prettier/bin/prettier.cjs")
+    for number, code in enumerate(blocks(language)):
+        (tmp_path / f"{number}.{language}").write_text(code)
+    command = [find("node"), str(prettier), "--no-config", "--print-width=100", "--check", "."]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_ci_runs_the_two_commands_at_the_top() -> None:
@@ -9724,50 +9743,120 @@ def test_the_benchmarks_are_there_to_be_run() -> None:
     assert marker in {mark.name for mark in test_each_mix_beside_the_tutorials_pattern.pytestmark}  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize(
-    "command",
-    re.findall("`(.+?)`", re.findall(r"(?s)opens the console\.(.*?) run it too", README)[0]),
-)
+def test_the_message_of_the_readme_is_one_with_all_its_keys() -> None:
+    (text,) = re.findall(r"^`({.*})`$", README, re.MULTILINE)
+    message = WebSocketMessage.model_validate_json(text)
+    assert json.loads(datadivr._encode(message)) == json.loads(text)
+    keys = re.findall(r"^\| `(\w+)` \|", README.split("### Messages")[1], re.MULTILINE)
+    assert keys[: len(WebSocketMessage.model_fields)] == list(WebSocketMessage.model_fields)
+
+
+def test_the_readme_names_each_type_of_error() -> None:
+    codes = re.findall(
+        r"^\| `(\w+)` \|", README.split("| code | |")[1].split("\n\n")[0], re.MULTILINE
+    )
+    (others,) = re.findall(r"^\| `datadivr_errors_total.*", README, re.MULTILINE)
+    named = [*codes, *re.findall(r"`(\w+)`", others)]
+    assert sorted(named) == sorted(datadivr._ERROR_TYPES)
+
+
+def test_the_readme_names_each_line_of_the_log_from_warnings_on() -> None:
+    source = (ROOT / "datadivr.py").read_text()
+    logged = set(re.findall(r'\b_warn\(\s*"(\w+)"', source))
+    logged |= set(re.findall(r'\b_log\(\s*"(?:warning|error|critical)",\s*"(\w+)"', source))
+    table = README.split("| event | what to do |")[1].split("\n\n")[0]
+    described = set(re.findall(r"`([a-z]+(?:_[a-z]+)+)`", table))
+    refusals = {"origin_refused", "unauthorized", "forbidden"}
+    refusals |= {"too_many_clients", "admin_unauthorized", "handler_error"}
+    assert logged == described - refusals
+
+
+def parameters_of(function: Any) -> str:
+    """Return a function's parameters and their defaults, as the README writes them."""
+    texts = []
+    for parameter in inspect.signature(function).parameters.values():
+        value = parameter.default
+        default = str(value) if isinstance(value, HandlerType) else json.dumps(value, default=str)
+        is_needed = value is parameter.empty
+        texts.append(parameter.name if is_needed else f"{parameter.name}={default}")
+    return ", ".join(texts).replace("=null", "=None").replace("=false", "=False")
+
+
+def test_the_names_of_the_readme_have_the_parameters_that_it_says() -> None:
+    table = README.split("### Python API")[1].split("- Ids")[0]
+    cells = " ".join(re.findall(r"^\| (.*?) \|", table, re.MULTILINE))
+    named = dict(re.findall(r"`(?:await )?(\w+)(?:\((.*?)\))?`", cells))
+    for name, parameters in named.items():
+        assert not parameters or parameters == parameters_of(getattr(datadivr, name)), name
+    answers = {"Announcement", "App", "Client", "ClientInfo", "ClientPage", "Recipients"}
+    assert named.keys() == {*datadivr.__all__} - {"InvalidMessageFormat", "sum_handler", *answers}
+
+
+def test_the_server_starts_with_what_the_readme_shows(tmp_path: Path) -> None:
+    lines = block("text", "admin_token_generated").replace("8000", "PORT").strip()
+    pattern = re.escape(lines.split("\n", 1)[1])
+    pattern = re.sub(r"\d{4}\\-\S+Z", r"\\S+", pattern).replace(r"Suh1cWEz\.\.\.", r"([\w-]{43})")
+    command = [sys.executable, "-m", "uvicorn", "datadivr:app", "--port", "{port}"]
+    unset = ["-u", "DATADIVR_ADMIN_TOKEN", *command]
+    with Process(*unset, program=find("env"), PYTHONUNBUFFERED="1", cwd=tmp_path) as process:
+        process.wait_until_up()
+        wait_until(lambda: "running on" in process.log, "the server to start")
+        # A structlog before 24 writes no quotes.
+        shown, running = pattern.replace("PORT", str(process.port)).replace("'", "'?").split("\\\n")
+        tokens = re.findall(shown, process.log)
+        assert re.search(running, process.log)
+        token = {"Authorization": f"Bearer {tokens[0][0]}"}
+        assert http.get(f"http://127.0.0.1:{process.port}/console").status_code == 200
+        url = f"http://127.0.0.1:{process.port}/clients"
+        assert http.get(url, headers=token).json()["total"] == 0
+
+
+@pytest.mark.parametrize("command", [".venv/bin/python datadivr.py", ".venv/bin/datadivr"])
 def test_each_way_to_run_it_serves(tmp_path: Path, command: str) -> None:
+    assert f"`{command}`" in README
     shutil.copy(ROOT / "datadivr.py", tmp_path)
     name, *options = command.removeprefix(".venv/bin/").split()
-    program = find(name)
-    if name == "uv":
-        there = (
-            subprocess.run(
-                [program, *options, "--help"], cwd=tmp_path, capture_output=True
-            ).returncode
-            == 0
-        )
-        need(there, "the packages that uv installs")
-    with Process(*options, "--port", "{port}", program=program, cwd=tmp_path) as process:
+    with Process(*options, "--port", "{port}", program=find(name), cwd=tmp_path) as process:
         process.wait_until_up()
         with dial(f"ws://127.0.0.1:{process.port}/ws") as client:
             assert id_of(client)
 
 
-def test_the_message_of_the_readme_is_one_with_all_its_keys() -> None:
-    (text,) = re.findall(r"^`({.*})`$", README, re.MULTILINE)
-    message = WebSocketMessage.model_validate_json(text)
-    assert json.loads(datadivr._encode(message)) == json.loads(text)
-
-
-def copy_out(folder: Path, name: str) -> None:
-    """Write a file of the README's into a folder."""
-    (folder / f"{name}.py").write_text(block("python", f"# {name}.py"))
-
-
-@pytest.fixture(scope="session")
-def recipes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
-    """Serve those of the README's files that do not get into each other's way."""
-    folder = tmp_path_factory.mktemp("recipes")
-    names = ("application", "elsewhere")
-    for name in names:
-        copy_out(folder, name)
-    (folder / "served.py").write_text(f"import {', '.join(names)}\nfrom datadivr import app\n")
-    with Process("-m", "uvicorn", "served:app", "--port", "{port}", cwd=folder) as process:
+def test_the_container_of_the_readme_asks_for_its_token(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "datadivr.py", tmp_path)
+    words = shlex.split(block("sh", "docker run"))
+    start = words.index("uv")
+    program = find(words[start])
+    options = [word.replace("0.0.0.0", "127.0.0.1") for word in words[start + 1 :]]
+    options[options.index("--port") + 1] = "{port}"
+    tokens: Any = dict(word.split("=") for word in words if word.startswith("DATADIVR_"))
+    there = subprocess.run([program, *options[:2], "--help"], cwd=tmp_path, capture_output=True)
+    need(there.returncode == 0, "the packages that uv installs")
+    with Process(*options, program=program, cwd=tmp_path, **tokens) as process:
         process.wait_until_up()
-        yield process
+        with pytest.raises(InvalidStatus):
+            dial(f"ws://127.0.0.1:{process.port}/ws")
+        bearer = {"Authorization": f"Bearer {tokens['DATADIVR_CLIENT_TOKEN']}"}
+        with dial(f"ws://127.0.0.1:{process.port}/ws", additional_headers=bearer) as client:
+            assert id_of(client)
+
+
+def copy_out(folder: Path, *names: str) -> None:
+    """Write files of the README's into a folder."""
+    for name in names:
+        (folder / f"{name}.py").write_text(block("python", f"# {name}.py"))
+
+
+def typed(folder: Path, commands: str, port: int, **replaced: str) -> str:
+    """Type commands of the README's into a shell, for a server on another port."""
+    find("curl")
+    for old, new in {"localhost:8000": f"127.0.0.1:{port}", **replaced}.items():
+        assert old in commands
+        commands = commands.replace(old, new)
+    command = ["bash", "-ec", commands]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment())
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def hear_event(client: ClientConnection, event_name: str) -> Json:
@@ -9783,49 +9872,110 @@ def own_id_of(client: ClientConnection) -> str:
     return str(hear_event(client, "whoami")["payload"])
 
 
-def test_the_handler_of_the_readme_answers(recipes: Process) -> None:
-    with dial(f"ws://127.0.0.1:{recipes.port}/ws") as client:
-        say(client, "greet")
-        assert hear_event(client, "greeting")["payload"] == "hello"
+def answer_to(client: ClientConnection, event_name: str, **fields: Any) -> Json:
+    """Ask, and return the answer, past what comes before it."""
+    say(client, event_name, id="question", **fields)
+    while (message := hear(client)).get("id") != "question":
+        pass
+    return message
 
 
-def test_the_clock_of_the_readme_ticks_each_second(recipes: Process) -> None:
-    with dial(f"ws://127.0.0.1:{recipes.port}/ws") as client:
-        first, second = (hear_event(client, "time")["payload"] for _ in range(2))
-    assert second - first > 0.9
+@pytest.fixture(scope="session")
+def tutorial(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+    """Do what the tutorial's second step says, in a folder with an environment beside."""
+    folder = tmp_path_factory.mktemp("tutorial")
+    (folder / ".venv").symlink_to(sys.prefix)
+    copy_out(folder, "application")
+    commands = block("sh", "application:app").strip() + " --port {port}"
+    with Process("-ec", commands, program=find("bash"), cwd=folder) as process:
+        process.wait_until_up()
+        (folder / "static" / "index.html").write_text(block("html", "client.js"))
+        process.folder = folder  # type: ignore[attr-defined]
+        yield process
 
 
-def test_the_threads_of_the_readme_reach_clients(recipes: Process) -> None:
-    url = f"127.0.0.1:{recipes.port}"
-    with dial(f"ws://{url}/ws") as client:
-        say(client, "report")
-        assert [hear_event(client, "progress")["payload"] for _ in range(2)] == [50, 100]
-        assert http.post(f"http://{url}/orders").status_code == 401
-        assert http.post(f"http://{url}/orders", headers=ADMIN).json() == 1
-        assert hear_event(client, "order")["payload"] == {"id": 1}
+def test_the_tutorial_shows_what_it_says(tutorial: Process, browser: Browser) -> None:
+    folder, port = tutorial.folder, tutorial.port  # type: ignore[attr-defined]
+    origin = f"http://127.0.0.1:{port}"
+    session = block("text", "history")
+    (line,) = re.findall("^> (.*)$", session, re.MULTILINE)
+    command = block("sh", "-m websockets").replace("localhost:8000", f"127.0.0.1:{port}").split()
+    with subprocess.Popen(
+        command, cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as terminal:
+        assert terminal.stdin is not None
+        assert terminal.stdout is not None
+        for typed_line, heard in zip(
+            (None, line), re.findall("^< .*", session, re.MULTILINE), strict=True
+        ):
+            if typed_line is not None:
+                terminal.stdin.write(f"{typed_line}\n")
+                terminal.stdin.flush()
+            pattern = re.escape(heard).replace(r"3d792917\-\.\.\.", "[0-9a-f-]{36}")
+            while not re.search(pattern, terminal.stdout.readline()):
+                pass
+        terminal.stdin.close()
+
+    with browser.new_context() as context:
+        page, second = context.new_page(), context.new_page()
+        state, lines = page.locator("#state"), page.locator("li")
+        page.goto(origin)
+        expect(state).to_have_text("open")
+        expect(lines).to_have_text(["hello"])
+        page.get_by_role("button").click()
+        expect(state).to_have_text("Write something first.")
+        second.goto(origin)
+        expect(second.locator("#state")).to_have_text("open")
+        page.get_by_label("Text").fill("Hi.")
+        page.get_by_role("button").click()
+        expect(state).to_have_text("said")
+        for tab in (page, second):
+            expect(tab.locator("li")).to_have_text(["hello", "Hi."])
+
+        answer = typed(folder, block("sh", "kitchen closes"), port)
+        assert answer == block("text", "recipients").strip()
+        expect(lines.last).to_have_text("The kitchen closes at nine.")
+
+        (link,) = re.findall(r"`http://localhost:8000(/console#token=choose-one)`", README)
+        console = context.new_page()
+        console.goto(f"{origin}{link}")
+        expect(console.locator("tbody tr")).to_have_count(2)
+        console.close()
+
+        (folder / "application.py").touch()
+        expect(state).to_have_text("connecting")
+        for tab in (page, second):
+            expect(tab.locator("#state")).to_have_text("open", timeout=LIMIT * 1000)
+        expect(lines).to_have_count(0)
+
+        bearer = {"Authorization": "Bearer choose-one"}
+        first_id = http.get(f"{origin}/clients", headers=bearer).json()["clients"][0]["id"]
+        http.delete(f"{origin}/clients/{first_id}", headers=bearer)
+        wait_until(
+            lambda: "closed" in {tab.locator("#state").inner_text() for tab in (page, second)},
+            "the page that is disconnected",
+        )
 
 
-def test_another_program_of_the_readme_reaches_clients(tmp_path: Path, recipes: Process) -> None:
-    (code,) = re.findall(r"`(httpx\.post\(.*\))`", README)
-    code = code.replace("8000", str(recipes.port)).replace("TOKEN", TOKEN)
-    with dial(f"ws://127.0.0.1:{recipes.port}/ws") as client:
-        own_id_of(client)
-        assert "202" in run(f"import httpx; print({code})", tmp_path)
-        assert hear_event(client, "x")["from_id"] == "server"
-
-
-def test_the_python_client_of_the_readme_dispatches_to_its_handler(
-    tmp_path: Path, live: Live
+def test_the_tutorials_page_works_under_a_path_and_its_handlers_refuse_the_rest(
+    tutorial: Process, browser: Browser, tmp_path: Path
 ) -> None:
-    code = block("python", "# client.py").replace("8000", str(live.port))
-    (tmp_path / "client.py").write_text(code)
-    with Process("-u", "client.py", cwd=tmp_path) as process:
-        wait_until(lambda: process.log == "3.0\n", "the sum")
+    with dial(f"ws://127.0.0.1:{tutorial.port}/ws") as client:
+        known = {"code": "refused", "status": 404, "event_name": "said"}
+        assert answer_to(client, "said", payload="I am the server")["payload"] == known
+        assert answer_to(client, "say", payload=5)["payload"]["code"] == "invalid_payload"
+    configuration = block("nginx", "location").replace("location /", "location /live/")
+    configuration = configuration.replace(":8000", f":{tutorial.port}/")
+    with nginx(tmp_path, configuration) as proxy, browser.new_context() as context:
+        proxy.wait_until_up("/live/healthz")
+        page = context.new_page()
+        page.goto(f"http://127.0.0.1:{proxy.port}/live/")
+        expect(page.locator("#state")).to_have_text("open")
 
 
 def test_the_tests_of_the_readme_pass(tmp_path: Path) -> None:
-    for name in ("application", "test_application"):
-        copy_out(tmp_path, name)
+    (tmp_path / "static").mkdir()
+    copy_out(tmp_path, "application", "test_application")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q"],
         cwd=tmp_path,
@@ -9833,125 +9983,388 @@ def test_the_tests_of_the_readme_pass(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
     )
-    assert "1 passed" in done.stdout, done.stdout
+    assert "2 passed" in done.stdout, done.stdout
+
+
+# The README's files that do not get into each other's way, and ways into them for the tests.
+SERVED = """
+    from fastapi.responses import HTMLResponse
+
+    import clock
+    import missed
+    import orders
+    import presence
+    import rooms
+    import threads
+    from datadivr import app, clients
+
+    tick = clock.tick
+
+    async def fail_once() -> None:
+        clock.tick = tick
+        raise ValueError("for the test")
+
+    @app.post("/fail")
+    async def fail() -> None:
+        clock.tick = fail_once
+
+    @app.post("/publish")
+    async def publish(text: str) -> None:
+        await missed.publish(text)
+
+    @app.post("/forget")
+    async def forget() -> None:
+        missed.kept.clear()
+
+    @app.post("/cut")
+    async def cut() -> None:
+        for client in list(clients.values()):
+            await client.websocket.close(4000)
+
+    @app.post("/hear")
+    def hear(topic: str, data: str) -> None:  # in a thread
+        threads.on_message(topic, data.encode())
+
+    @app.get("/missed")
+    async def page() -> HTMLResponse:
+        return HTMLResponse('''<body><script type="module">PAGE</script>''')
+"""
 
 
 @pytest.fixture(scope="session")
-def chat(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], ClientConnection]]:
-    """Return a function that connects a user to the README's chat."""
-    folder = tmp_path_factory.mktemp("chat")
-    code = block("python", "# chat.py") + block("python", "rooms: dict")
-    (folder / "chat.py").write_text(code)
-    with (
-        Process("-m", "uvicorn", "chat:app", "--port", "{port}", cwd=folder) as process,
-        contextlib.ExitStack() as stack,
-    ):
+def recipes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+    folder = tmp_path_factory.mktemp("recipes")
+    copy_out(folder, "clock", "missed", "orders", "presence", "rooms", "threads")
+    page = block("js", '"come"')
+    (folder / "served.py").write_text(textwrap.dedent(SERVED).replace("PAGE", page))
+    with Process("-m", "uvicorn", "served:app", "--port", "{port}", cwd=folder) as process:
         process.wait_until_up()
+        yield process
 
-        def connect(cookie: str, **headers: str) -> ClientConnection:
-            headers["Cookie"] = f"session={cookie}"
-            url = f"ws://127.0.0.1:{process.port}/ws"
-            return stack.enter_context(dial(url, additional_headers=headers))
 
-        yield connect
+@pytest.fixture
+def members(recipes: Process) -> Iterator[list[ClientConnection]]:
+    """Connect three clients to the recipes' server."""
+    with contextlib.ExitStack() as stack:
+        url = f"ws://127.0.0.1:{recipes.port}/ws"
+        yield [stack.enter_context(dial(url)) for _ in range(3)]
+    wait_until(lambda: total(recipes.port) == 0, "the test's clients to go")
+
+
+def run_module(page: Page, origin: str, code: str, *names: str) -> list[str]:
+    """Run a module of the README's in a page of its server; return what it will log."""
+    logged: list[str] = []
+    page.on("console", lambda message: logged.append(message.text))
+    page.goto(f"{origin}/healthz")
+    exported = f"Object.assign(globalThis, {{ {', '.join(('server', *names))} }});"
+    page.add_script_tag(content=f"{code}\n{exported}", type="module")
+    page.wait_for_function("() => globalThis.server")
+    return logged
+
+
+def test_a_page_and_a_client_speak_in_a_room_of_the_readme(
+    recipes: Process, members: list[ClientConnection], browser: Browser
+) -> None:
+    origin = f"http://127.0.0.1:{recipes.port}"
+    ada, bob, _ = members
+    refusals = [("join", {"payload": "cellar"}), ("news", {"to": "all"})]
+    texts = ["There is no such room.", "Speak in a room."]
+    for (event_name, fields), text in zip(refusals, texts, strict=True):
+        assert answer_to(ada, event_name, **fields)["message"] == text
+    told = answer_to(ada, "chat", to="#garden")["payload"]
+    assert told == {"code": "not_in_room", "event_name": "chat"}
+    for client in (ada, bob):
+        assert answer_to(client, "join", payload="garden")["event_name"] == "ok"
+    assert answer_to(bob, "leave", payload="garden")["event_name"] == "ok"
+    with browser.new_context() as context:
+        logged = run_module(context.new_page(), origin, block("js", '"join"'))
+        assert hear_event(ada, "chat")["payload"] == "hello"
+        say(ada, "chat", payload="hi", to="#garden")
+        context.pages[0].wait_for_timeout(1)
+        wait_until(
+            lambda: context.pages[0].evaluate("1") and "chat hi #garden" in logged, "the page"
+        )
+    assert "chat" not in {message["event_name"] for message in hear_all(bob)}
+
+
+def test_the_readme_tells_who_is_in_a_room(
+    recipes: Process, members: list[ClientConnection]
+) -> None:
+    ada, bob, other = members
+    ada_id, bob_id = own_id_of(ada), own_id_of(bob)
+    assert answer_to(ada, "enter", payload="hall")["payload"] == {ada_id: None}
+    assert answer_to(bob, "enter", payload="hall")["payload"] == {ada_id: None, bob_id: None}
+    assert hear_event(ada, "came")["payload"] == {bob_id: None}
+    bob.close()
+    assert hear_event(ada, "went")["payload"] == bob_id
+    heard = {message["event_name"] for message in hear_all(other)}
+    assert not heard & {"came", "went"}
+
+
+def test_the_page_of_the_readme_gets_what_it_missed_in_order_or_begins_anew(
+    recipes: Process, browser: Browser
+) -> None:
+    origin = f"http://127.0.0.1:{recipes.port}"
+
+    def post(path: str, **params: str) -> None:
+        assert http.post(f"{origin}{path}", params=params).status_code == 200
+
+    with browser.new_context() as context:
+        page = context.new_page()
+
+        def wait_for(texts: list[str]) -> None:
+            page.wait_for_function(
+                "text => document.body?.innerText.split('\\n').filter(Boolean).join() === text",
+                arg=",".join(texts),
+                timeout=LIMIT * 1000,
+            )
+
+        post("/publish", text="before")
+        page.goto(f"{origin}/missed")
+        wait_for(["before"])
+        post("/publish", text="live")
+        wait_for(["before", "live"])
+        post("/cut")
+        later = [str(number) for number in range(40)]
+        for text in later:  # while it is away, comes back, and is there
+            post("/publish", text=text)
+            time.sleep(0.05)
+        wait_for(["before", "live", *later])
+        post("/cut")
+        post("/publish", text="lost")
+        post("/forget")
+        post("/publish", text="kept")
+        wait_for(["kept"])  # it has loaded again
+
+
+def test_the_clock_of_the_readme_ticks_each_second_and_goes_on_after_a_failure(
+    recipes: Process, members: list[ClientConnection]
+) -> None:
+    client = members[0]
+    first = hear_event(client, "time")["payload"]
+    http.post(f"http://127.0.0.1:{recipes.port}/fail")
+    second = hear_event(client, "time")["payload"]
+    assert second - first > 1.9
+    assert "The clock goes on." in recipes.log
+
+
+def test_the_threads_of_the_readme_reach_clients(
+    recipes: Process, members: list[ClientConnection]
+) -> None:
+    client = members[0]
+    say(client, "report")
+    assert [hear_event(client, "progress")["payload"] for _ in range(2)] == [50, 100]
+    heard = {"topic": "temperature", "data": "[21.5]"}
+    http.post(f"http://127.0.0.1:{recipes.port}/hear", params=heard)
+    assert hear_event(client, "temperature")["payload"] == [21.5]
+
+
+def test_other_programs_and_routes_of_the_readme_reach_clients(
+    recipes: Process, members: list[ClientConnection], tmp_path: Path
+) -> None:
+    client = members[0]
+    url = f"http://127.0.0.1:{recipes.port}/orders"
+    assert http.post(url).status_code == 401
+    assert http.post(url, headers=ADMIN).json() == len(members)
+    assert hear_event(client, "order")["payload"] == {"id": 1}
+    code = block("python", "# push.py").replace("8000", str(recipes.port))
+    answer = run(code.replace("choose-one", TOKEN), tmp_path)
+    assert answer.strip() == "{'recipients': 3, 'partial': False}"
+    assert hear_event(client, "news")["payload"] == "Hello, all."
+
+
+@pytest.fixture(scope="session")
+def people(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+    """Serve the README's people, with a route that ends the sessions of one of them."""
+    folder = tmp_path_factory.mktemp("people")
+    copy_out(folder, "log_in", "person")
+    code = """
+        import log_in
+        from datadivr import clients
+        from person import app
+
+        @app.post("/expire")
+        async def expire(user: str) -> None:
+            for client in clients.values():
+                if client.user == user:
+                    client.websocket.state.expires = 0
+            await log_in.end_expired()
+    """
+    (folder / "served.py").write_text(textwrap.dedent(code))
+    with Process("-m", "uvicorn", "served:app", "--port", "{port}", cwd=folder) as process:
+        process.wait_until_up()
+        yield process
 
 
 ADA, BOB = re.findall(r'"(\S+-secret-cookie)"', README)
+FROM_ELSEWHERE = {"Cookie": f"session={ADA}", "Origin": "http://elsewhere.example"}
 
 
-def test_who_has_not_logged_in_and_a_foreign_page_are_refused_by_the_chat(
-    chat: Callable[..., ClientConnection],
-) -> None:
-    cases = [("wrong", {}), (ADA, {"Origin": "http://elsewhere.example"})]
-    for cookie, headers in cases:
+def test_people_log_in_in_three_ways_and_a_session_ends(people: Process) -> None:
+    url = f"127.0.0.1:{people.port}"
+    for headers in ({}, {"Cookie": "session=wrong"}, FROM_ELSEWHERE):
         with pytest.raises(InvalidStatus) as refused:
-            chat(cookie, **headers)
+            dial(f"ws://{url}/ws", additional_headers=headers)
         assert refused.value.response.status_code == 403
+    subprotocols: Any = ["bearer", BOB]
+    with (
+        dial(f"ws://{url}/ws", additional_headers={"Cookie": f"session={BOB}"}) as bob,
+        dial(f"ws://{url}/ws", subprotocols=subprotocols) as page,
+        dial(f"ws://{url}/ws", additional_headers={"Authorization": f"Bearer {ADA}"}) as ada,
+    ):
+        greetings = [answer_to(client, "greet")["payload"] for client in (ada, bob, page)]
+        assert greetings == ["Hello, Ada.", "Hello, Bob.", "Hello, Bob."]
+        told = answer_to(bob, "news", to="all")
+        assert told["payload"] == {"code": "refused", "status": 403, "event_name": "news"}
+        assert answer_to(ada, "news", payload=1)["event_name"] == "ok"
+        assert hear_event(bob, "news")["payload"] == 1
+        http.post(f"http://{url}/expire", params={"user": "Bob"})
+        assert [close_code(client) for client in (bob, page)] == [4001, 4001]
+        assert answer_to(ada, "greet")["event_name"] == "greeting"
 
 
-def test_the_chat_greets_by_name_and_lets_only_some_talk(
-    chat: Callable[[str], ClientConnection],
+def test_a_private_push_reaches_each_device_of_one_person(people: Process, tmp_path: Path) -> None:
+    url = f"ws://127.0.0.1:{people.port}/ws"
+    subprotocols: Any = ["bearer", ADA]
+    with (
+        dial(url, additional_headers={"Cookie": f"session={ADA}"}) as ada,
+        dial(url, subprotocols=subprotocols) as phone,
+        dial(url, additional_headers={"Cookie": f"session={BOB}"}) as bob,
+    ):
+        for client in (ada, phone, bob):
+            own_id_of(client)
+        answer = typed(tmp_path, block("sh", "#user:Ada"), people.port, **{"choose-one": TOKEN})
+        assert f"`{answer}`" in README
+        for client in (ada, phone):
+            assert hear_event(client, "order")["payload"] == {"id": 1}
+        assert hear_all(bob) == []
+
+
+def test_pages_of_the_readme_ask_the_server_and_one_another(live: Live, browser: Browser) -> None:
+    origin = f"http://127.0.0.1:{live.port}"
+    code = block("js", '"sum_event"')
+    with browser.new_context() as context:
+        asking, answering = context.new_page(), context.new_page()
+        for page in (asking, answering):
+            run_module(page, origin, code, "sum", "double")
+        wait_until(lambda: len(datadivr.clients) == 2, "both pages to connect")
+        assert asking.evaluate("sum(1, 2)") == 3
+        own = answering.evaluate("server.ask('whoami').then(({ payload }) => payload)")
+        assert asking.evaluate("id => double(21, id)", own) == 42
+
+
+def test_the_browser_api_of_the_readme_talks(
+    live: Live, browser: Browser, connect: Connect
 ) -> None:
-    ada, bob = chat(ADA), chat(BOB)
-    say(bob, "greet")
-    assert hear_event(bob, "greeting")["payload"] == "Hello, Bob."
-    say(bob, "news", to="all")
-    assert hear_event(bob, "error")["payload"] == {"code": "forbidden"}
-    say(ada, "news", payload=1)
-    assert hear_event(bob, "news")["payload"] == 1
+    client = connect()
+    client_id = own_id_of(client)
+    with browser.new_context() as context:
+        page = context.new_page()
+        code = block("js", "function talk()")
+        logged = run_module(page, f"http://127.0.0.1:{live.port}", code, "talk")
+        wait_until(lambda: len(datadivr.clients) == 2, "the page to connect")
+        own = page.evaluate("talk().then(({ payload }) => payload)")
+        assert {own, client_id} == set(datadivr.clients)
+        assert hear_event(client, "chat")["payload"] == {"text": "hi"}
+        assert [text for text in logged if "favicon" not in text][:2] == ["connecting ", "open "]
 
 
-def test_a_room_of_the_chat_hears_its_members_alone(
-    chat: Callable[[str], ClientConnection],
+def test_the_python_clients_of_the_readme_have_their_answers_and_come_back(
+    tmp_path: Path, live: Live
 ) -> None:
-    ada, bob, other = chat(ADA), chat(BOB), chat(BOB)
-    say(ada, "join", payload="cellar")
-    assert hear_event(ada, "error")["message"] == "There is no such room."
-    say(ada, "say", payload="garden", message="too early")
-    assert hear_event(ada, "error")["message"] == "Join the room first."
-    for client in (ada, bob):
-        say(client, "join", payload="garden")
-        own_id_of(client)
-    say(ada, "say", payload="garden", message="hello")
-    heard = hear_event(bob, "say")
-    assert (heard["payload"], heard["message"]) == ("garden", "hello")
-    say(bob, "leave", payload="garden")
-    own_id_of(bob)
-    ada.close()
-    went = hear_event(bob, "went")["payload"]
-    assert went == heard["from_id"]
-    say(other, "join", payload="garden")
-    say(other, "say", payload="garden", message="anybody?")
-    own_id_of(other)
-    for client in (bob, other):
-        assert "say" not in [message["event_name"] for message in hear_all(client)]
+    pytest.importorskip("websockets.asyncio")  # of version 13
+    for name in ("ask", "client"):
+        code = block("python", f"# {name}.py").replace("8000", str(live.port))
+        (tmp_path / f"{name}.py").write_text(code)
+    with (
+        Process("client.py", cwd=tmp_path) as process,
+        Process("-u", "ask.py", cwd=tmp_path) as asking,
+    ):
+        wait_until(lambda: process.log == "3.0\n", "the sum")
+        wait_until(lambda: asking.log == "sum_handler_result 3.0\n", "the answer")
+        for client_id in list(datadivr.clients):
+            run_in_thread(datadivr.disconnect_client(client_id))
+        wait_until(lambda: process.log == "3.0\n3.0\n", "the second sum")
 
 
-def test_who_comes_to_the_chat_hears_who_is_here_and_the_others_hear_of_it(
-    chat: Callable[[str], ClientConnection],
-) -> None:
-    ada = chat(ADA)
-    here = hear_event(ada, "here")["payload"]
-    ada_id = own_id_of(ada)
-    assert here[ada_id] == "Ada"
-    bob = chat(BOB)
-    assert hear_event(bob, "here")["payload"] == {**here, own_id_of(bob): "Bob"}
-    assert list(hear_event(ada, "came")["payload"].values()) == ["Bob"]
+def test_the_notebook_of_the_readme_reaches_a_client(tmp_path: Path) -> None:
+    port = free_port()
+    first, second = block("python", "# notebook.py").split("# The next cell:\n")
+    cells = [first.replace("8000", str(port)), second]
+    script = f"""
+        import ast, asyncio, json, time, urllib.request
+        from websockets.sync.client import connect
+
+        def run(cell):
+            code = compile(cell, "cell", "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+            return eval(code, names)
+
+        async def main():
+            await run(second)
+
+        first, second = {cells!r}
+        names = {{}}
+        run(first)
+        while True:
+            try:
+                urllib.request.urlopen("http://127.0.0.1:{port}/healthz")
+                break
+            except OSError:
+                time.sleep(0.05)
+        with connect("ws://127.0.0.1:{port}/ws") as client:
+            asyncio.run(main())
+            print(json.loads(client.recv())["payload"])
+    """
+    assert "from a cell" in run(script, tmp_path)
 
 
 @pytest.mark.parametrize("way", ["include_router", "mount"])
 def test_the_host_of_the_readme_serves_clients_and_the_api(way: str) -> None:
-    (code,) = re.findall(rf"`(host\.{way}\([^`]*\))`", README)
-    host = fastapi.FastAPI()
-    eval(code, {"host": host, "datadivr": datadivr})
-    with Live(host) as running, dial(f"ws://127.0.0.1:{running.port}/realtime/ws") as client:
-        url = f"http://127.0.0.1:{running.port}/realtime/clients/{id_of(client)}"
-        assert http.get(url, headers=ADMIN).status_code == 200
+    names: dict[str, Any] = {}
+    code = block("python", "# host.py")
+    if way == "mount":
+        (mounting,) = re.findall(r"`(host\.mount\([^`]*\))`", README)
+        code, count = re.subn(r"host\.include_router\(.*\)", mounting, code)
+        assert count == 1
+    exec(code, names)
+    with Live(names["host"]) as running:
+        origin = f"http://127.0.0.1:{running.port}/realtime"
+        for path in ("client.js", "console"):
+            assert http.get(f"{origin}/{path}").status_code == 200
+        with dial(f"ws://127.0.0.1:{running.port}/realtime/ws") as client:
+            client_id = id_of(client)
+            assert http.get(f"{origin}/clients/{client_id}", headers=ADMIN).status_code == 200
+            noted = hasattr(datadivr.clients[client_id].websocket.state, "address")
+            assert noted == (way == "include_router")
 
 
-def test_the_curl_commands_of_the_readme_do_what_it_says(live: Live, connect: Connect) -> None:
-    find("curl")
-    commands = block("sh", "curl")
+def test_the_curl_commands_of_the_readme_do_what_it_says(
+    live: Live, connect: Connect, tmp_path: Path
+) -> None:
     client, other = connect(), connect()
     client_id = id_of(client)
-    for placeholder, value in {
-        "TOKEN=...": f"TOKEN={TOKEN}",
-        "8000": str(live.port),
-        "CLIENT_ID": client_id,
-    }.items():
-        assert placeholder in commands
-        commands = commands.replace(placeholder, value)
-    answers = subprocess.run(
-        ["bash", "-e"], input=commands, capture_output=True, text=True, check=True
-    ).stdout
-    listed, described, announced, healthy = map(
+    replaced = {"choose-one": TOKEN, "CLIENT_ID": client_id}
+    answers = typed(tmp_path, block("sh", "/rooms/garden"), live.port, **replaced)
+    listed, described, members, announced, healthy = map(
         json.loads, answers.replace("}{", "}\n{").splitlines()
     )
     assert (listed["total"], listed["clients"][0]) == (2, described)
     assert described["id"] == client_id
+    assert [member["rooms"] for member in members["clients"]] == [["garden"]]
+    assert hear(client)["to"] == "#garden"
     assert close_code(client) == 1008
     assert announced == {"recipients": 1, "partial": False}
-    assert (hear(other)["message"], healthy) == ("Hello, all.", {"status": "ok"})
+    assert healthy == {"status": "ok"}
+    assert hear_all(other) == []
+
+
+def test_promtool_finds_no_fault_with_the_readmes_rules(tmp_path: Path) -> None:
+    for name in ("prometheus", "alerts"):
+        (tmp_path / f"{name}.yml").write_text(block("yaml", f"# {name}.yml"))
+    command = [find("promtool"), "check", "config", "prometheus.yml"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "4 rules found" in done.stdout
 
 
 def test_the_workers_of_the_readme_are_one_server_and_a_killed_one_leaves_no_gauge(
@@ -9998,33 +10411,6 @@ def test_the_workers_of_the_readme_are_one_server_and_a_killed_one_leaves_no_gau
         )
 
 
-def test_a_page_with_the_javascript_of_the_readme_hears_messages_and_comes_back(
-    browser: Browser, live: Live
-) -> None:
-    script = block("js", "function connect(")
-    with (
-        browser.new_page() as page,
-        httpx.Client(base_url=f"http://127.0.0.1:{live.port}", headers=ADMIN, verify=False) as api,
-    ):
-        page.goto(f"{api.base_url}/healthz")
-        page.evaluate("window.heard = []; console.log = (...words) => heard.push(words.join(' '))")
-        page.add_script_tag(content=script)
-
-        def announce(payload: str) -> int:
-            return int(
-                api.post("/messages", json={"event_name": "news", "payload": payload}).json()[
-                    "recipients"
-                ]
-            )
-
-        for payload in ("first", "second"):
-            wait_until(functools.partial(announce, payload), "the page to connect")
-            page.wait_for_function(
-                "text => heard.includes(text)", arg=f"news {payload}", timeout=LIMIT * 1000
-            )
-            assert api.delete(f"/clients/{next(iter(datadivr.clients))}").status_code == 204
-
-
 NGINX = """
 daemon off;
 {user}
@@ -10058,127 +10444,6 @@ def nginx(folder: Path, block: str) -> Iterator[Process]:
         yield proxy
 
 
-@pytest.fixture(scope="module")
-def stoppable() -> Iterator[Process]:
-    """Serve with a process that can stop and go on."""
-    with Process("-m", "uvicorn", "datadivr:app", "--port", "{port}") as process:
-        process.wait_until_up()
-        yield process
-
-
-@pytest.fixture
-def page_that_stays(context: BrowserContext, stoppable: Process) -> Iterator[Page]:
-    """Open a page with the README's script and a clock of its own."""
-    with context.new_page() as page:
-        page.clock.install()
-        open_page(page, stoppable.port)
-        yield page
-
-
-def open_page(page: Page, port: int) -> None:
-    page.goto(f"http://127.0.0.1:{port}/healthz")
-    page.add_script_tag(content=block("js", "function stayConnected("))
-    page.evaluate("""
-        window.heard = [];
-        window.refused = false;
-        window.WebSocket = class extends WebSocket {
-            constructor(...words) { super(...words); window.last = this; tries += 1; }
-        };
-        window.go = (url, token) => stayConnected({
-            url,
-            token,
-            onopen: (socket) => heard.push("open"),
-            onmessage: (message) => heard.push(message),
-            onrefused: () => { refused = true; },
-        });
-        window.tries = 0;
-    """)
-
-
-def pass_time_until(page: Page, condition: str) -> int:
-    """Have seconds of a page's clock pass, and return how many."""
-    seconds = 0
-
-    def holds() -> bool:
-        nonlocal seconds
-        page.clock.run_for(1000)
-        seconds += 1
-        return bool(page.evaluate(condition))
-
-    wait_until(holds, condition, 30, pause=0.05)  # the network takes real time
-    return seconds
-
-
-def test_the_page_of_the_readme_notices_within_a_minute_that_nobody_answers_and_comes_back(
-    page_that_stays: Page, stoppable: Process
-) -> None:
-    page, process = page_that_stays, stoppable
-    page.evaluate(f"go('ws://127.0.0.1:{process.port}/ws')")
-    pass_time_until(page, "heard.length > 1")  # a question has an answer
-    assert page.evaluate("[heard[0], tries]") == ["open", 1]
-    process.popen.send_signal(signal.SIGSTOP)
-    try:
-        assert pass_time_until(page, "tries > 1") < 60
-    finally:
-        process.popen.send_signal(signal.SIGCONT)
-    pass_time_until(page, "heard.filter((heard) => heard === 'open').length === 2")
-
-
-def test_the_page_of_the_readme_stops_where_it_is_refused(
-    page_that_stays: Page, stoppable: Process
-) -> None:
-    # It is of another origin than the page.
-    page_that_stays.evaluate(f"go('ws://localhost:{stoppable.port}/ws?room=7')")
-    pass_time_until(page_that_stays, "refused")
-    assert page_that_stays.evaluate("tries") == 3
-
-
-def test_the_page_of_the_readme_stops_where_an_administrator_disconnects_it(
-    page_that_stays: Page, stoppable: Process
-) -> None:
-    url = f"127.0.0.1:{stoppable.port}"
-    page_that_stays.evaluate(f"go('ws://{url}/ws')")
-    page_that_stays.wait_for_function("heard.length === 1", timeout=LIMIT * 1000)
-    (told,) = http.get(f"http://{url}/clients", headers=ADMIN).json()["clients"]
-    http.delete(f"http://{url}/clients/{told['id']}", headers=ADMIN)
-    page_that_stays.wait_for_function("refused", timeout=LIMIT * 1000)
-
-
-def test_the_page_of_the_readme_goes_on_where_the_server_is_gone(page_that_stays: Page) -> None:
-    page_that_stays.evaluate(f"go('ws://127.0.0.1:{free_port()}/ws')")
-    pass_time_until(page_that_stays, "tries === 5")
-    assert not page_that_stays.evaluate("refused")
-
-
-def test_the_page_of_the_readme_goes_on_where_only_a_proxy_answers(
-    page_that_stays: Page, tmp_path: Path
-) -> None:
-    configuration = block("nginx", "location").replace("8000", str(free_port()))
-    with nginx(tmp_path, configuration) as proxy:
-        wait_until(lambda: (tmp_path / "pid").exists(), "nginx to start")
-        open_page(page_that_stays, proxy.port)
-        page_that_stays.evaluate(f"go('ws://127.0.0.1:{proxy.port}/ws')")
-        pass_time_until(page_that_stays, "tries === 5")
-        assert not page_that_stays.evaluate("refused")
-
-
-def test_the_page_of_the_readme_believes_news_from_the_server_alone(
-    page_that_stays: Page, stoppable: Process
-) -> None:
-    page, process = page_that_stays, stoppable
-    url = f"127.0.0.1:{process.port}"
-    page.evaluate(f"go('ws://{url}/ws', 'a-token')")
-    with dial(f"ws://{url}/ws") as client:
-        wait_until(lambda: total(process.port) == 2, "the page to connect")
-        for event_name in ("news", "gossip"):
-            say(client, event_name)
-        own_id_of(client)
-    http.post(f"http://{url}/messages", headers=ADMIN, json={"event_name": "news"})
-    page.wait_for_function("heard.length === 3", timeout=LIMIT * 1000)
-    told = page.evaluate("heard.slice(1).map(({ event_name, from_id }) => [event_name, from_id])")
-    assert [told[0][0], told[1]] == ["gossip", ["news", "server"]]
-
-
 @pytest.mark.parametrize("path", ["/", "/live/"])
 def test_the_readmes_nginx_passes_websockets_and_addresses_on(
     tmp_path: Path, configure: Callable[..., None], path: str
@@ -10191,6 +10456,13 @@ def test_the_readmes_nginx_passes_websockets_and_addresses_on(
             configuration, count = re.subn(old, line, configuration)
             assert count == 1
     configure(allowed_origins=("http://app.example",))
+    make_certificate(tmp_path)
+    secure_port = free_port()
+    secure = block("nginx", "ssl").replace("443", f"127.0.0.1:{secure_port}")
+    configuration += re.sub(r"/etc/ssl/chat.example.(\w+)", rf"{tmp_path}/chat.\1", secure)
+    for name, given in (("chat.pem", "certificate.pem"), ("chat.key", "key.pem")):
+        (tmp_path / given).rename(tmp_path / name)
+    trust = ssl.create_default_context(cafile=tmp_path / "chat.pem")
     (root_path,) = re.findall(r"`--root-path (/live)`", README)
     with (
         Live(root_path=root_path if path != "/" else "") as server,
@@ -10203,6 +10475,11 @@ def test_the_readmes_nginx_passes_websockets_and_addresses_on(
             assert ask(client, "m", to="all")["from_id"] == client_id
             (told,) = http.get(f"http://{url}clients", headers=ADMIN).json()["clients"]
             assert told["address"] == ("127.0.0.1" if IS_SANSIO else client_id)
+        # websockets before 13 has another name for it.
+        name = "ssl_context" if "ssl_context" in inspect.signature(dial).parameters else "ssl"
+        secured: Any = {name: trust}
+        with dial(f"wss://localhost:{secure_port}{path}ws", **secured) as client:
+            assert id_of(client)
         assert http.get(f"http://{url}ws").status_code == 426
         assert f"'{path}openapi.json'" in http.get(f"http://{url}docs").text
 
@@ -10356,14 +10633,6 @@ LOBBY = """
 """
 
 
-def answer_to(client: ClientConnection, event_name: str, **fields: Any) -> Json:
-    """Ask, and return the answer, past what comes before it."""
-    say(client, event_name, id="question", **fields)
-    while (message := hear(client)).get("id") != "question":
-        pass
-    return message
-
-
 def sit(client: ClientConnection, **seat: Any) -> Any:
     told = answer_to(client, "sit", payload={"table": "chess", **seat})
     return told["message"] or told["payload"]
@@ -10435,105 +10704,6 @@ def test_a_lobby_of_tables_works_on_two_nodes(
         expect(log.last).to_have_text("closed: Disconnected by an administrator")
         page_of = nodes[0].api.get("/clients", params={"room": "lobby"}).json()
         assert sorted(client["user"] for client in page_of["clients"]) == ["Bob", "Cyd", "Mo"]
-
-
-# Of the README's recipe: the numbered messages of a room, and what a page asks for on coming back.
-MISSED = """
-    from collections import deque
-
-    from datadivr import WebSocketMessage, app, broadcast, create_message, join_room
-    from datadivr import websocket_handler
-
-    kept: deque[dict] = deque(maxlen=1000)  # the last messages of the room "news"
-    last = 0
-
-    async def publish(text: str) -> None:
-        global last
-        last += 1
-        kept.append({"number": last, "text": text})
-        await broadcast(create_message("news", kept[-1], to="#news"))
-
-    @websocket_handler("come")
-    async def come(message: WebSocketMessage[int]) -> WebSocketMessage:
-        await join_room(message.from_id, "news")  # first, so that nothing falls in between
-        missed = [news for news in kept if news["number"] > message.payload]
-        whole = not missed or missed[0]["number"] == message.payload + 1
-        return create_message("missed", {"whole": whole, "news": missed}, message.from_id)
-
-    @app.post("/news")
-    async def post(text: str) -> None:
-        await publish(text)  # a way in for the test
-"""
-MISSED_PAGE = """
-    let seen = 0;
-    window.shown = [];
-    function show({ number, text }) {
-      if (number <= seen) return; // it came twice: live, and in the answer
-      seen = number;
-      shown.push(text);
-    }
-    function connect() {
-      const socket = (window.socket = new WebSocket(URL));
-      const waiting = []; // news that came before the answer
-      let answered = false;
-      socket.onopen = () =>
-        socket.send(JSON.stringify({ event_name: "come", payload: seen, id: 1 }));
-      socket.onmessage = ({ data }) => {
-        const { event_name, payload, id } = JSON.parse(data);
-        if (id === 1) {
-          answered = true;
-          [...payload.news, ...waiting].forEach(show);
-        } else if (event_name === "news") answered ? show(payload) : waiting.push(payload);
-      };
-      socket.onclose = () => setTimeout(connect, 200);
-    }
-    connect();
-"""
-
-
-def test_a_page_that_lost_its_connection_gets_what_it_missed_in_order(
-    browser: Browser, tmp_path: Path
-) -> None:
-    code = textwrap.dedent(MISSED)
-    assert code.count("\n") <= 30
-    (tmp_path / "missed.py").write_text(code)
-    command = ["-m", "uvicorn", "missed:app", "--port", "{port}"]
-    with Process(*command, cwd=tmp_path) as process, browser.new_context() as context:
-        process.wait_until_up()
-        page = context.new_page()
-        origin = f"http://127.0.0.1:{process.port}"
-
-        def publish(*texts: str) -> None:
-            for text in texts:
-                assert http.post(f"{origin}/news", params={"text": text}).status_code == 200
-
-        def wait_for(*texts: str) -> None:
-            page.wait_for_function("texts => shown.join() === texts", arg=",".join(texts))
-
-        def members() -> int:
-            listed = http.get(f"{origin}/clients?room=news", headers=ADMIN).json()
-            return int(listed["total"])
-
-        publish("before")
-        page.goto(f"{origin}/healthz")
-        page.evaluate(MISSED_PAGE.replace("URL", f'"ws://127.0.0.1:{process.port}/ws"'))
-        wait_for("before")
-        publish("1", "2")
-        wait_for("before", "1", "2")
-        (client,) = http.get(f"{origin}/clients", headers=ADMIN).json()["clients"]
-        page.evaluate("window.hold = socket.onclose; socket.onclose = null")
-        http.delete(f"{origin}/clients/{client['id']}", headers=ADMIN)
-        wait_until(lambda: members() == 0, "the page to be gone")
-        publish("3", "4")  # while it is away
-        page.evaluate("hold()")
-        wait_until(lambda: members() == 1, "the page to be back")
-        publish("5")
-        wait_for("before", "1", "2", "3", "4", "5")
-        for number in range(3):  # it goes and comes while there is news
-            page.evaluate("socket.close()")
-            publish(*(f"{number}-{n}" for n in range(20)))
-        later = [f"{number}-{n}" for number in range(3) for n in range(20)]
-        wait_for("before", "1", "2", "3", "4", "5", *later)
 
 
 mark_section("readme")
