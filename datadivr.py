@@ -2499,10 +2499,9 @@ def main() -> None:
 # ---- The browser's client ------------------------------------------------------------------------
 
 _files["client.js"] = r"""/**
- * Connect to the server, and again whenever the connection is lost, until `close()` is called or
- * the server closes the connection with 1008, as an administrator does. `url` is the server's
- * `/ws`, where that is not beside this file. `ask` rejects with an error whose `code` is the
- * server's, `timeout`, `lost` or `closed`; it drops an answer that comes too late.
+ * Connect to the server, and again whenever the connection is lost, until `close()` is called or an
+ * administrator disconnects the client. `url` is the server's `/ws`, where that is not beside this
+ * file. `ask` rejects with an error whose `code` is the server's, `timeout`, `lost` or `closed`.
  * @typedef {{ event_name: string, payload: any, to: string, from_id: string,
  *   message: string | null, id?: number | string }} Message
  * @typedef {{ to?: string, message?: string | null, id?: number | string }} Fields
@@ -2514,7 +2513,9 @@ _files["client.js"] = r"""/**
 export function connect({ token, onmessage, onstate, url = "ws" } = {}) {
   const address = new URL(url, import.meta.url).href.replace(/^http/, "ws");
   /** @type {Map<unknown, { to?: string, resolve: Function, reject: Function }>} */
-  const questions = new Map(); // by id; one that timed out stays, for its late answer
+  const questions = new Map(); // by id
+  const mark = crypto.getRandomValues(new Uint32Array(4)).join("-"); // that its ids begin with
+  let asked = 0; // how many questions
   let state = /** @type {State} */ ("connecting");
   let socket = /** @type {WebSocket | undefined} */ (undefined); // undefined between attempts
   let timer = 0; // for the next attempt, or for what takes too long
@@ -2524,6 +2525,7 @@ export function connect({ token, onmessage, onstate, url = "ws" } = {}) {
   function open() {
     if (socket) return; // an event came while there was no need to hurry
     socket = new WebSocket(address, token ? ["bearer", token] : []);
+    socket.binaryType = "arraybuffer";
     socket.onopen = () => {
       failures = refusals = 0;
       schedule(probe, 20000);
@@ -2537,11 +2539,11 @@ export function connect({ token, onmessage, onstate, url = "ws" } = {}) {
 
   async function receive(/** @type {MessageEvent} */ { data }) {
     schedule(probe, 20000);
-    const message = JSON.parse(data);
+    const message = JSON.parse(typeof data === "string" ? data : new TextDecoder().decode(data));
     const { event_name, payload, message: text, from_id, id } = message;
     const question = questions.get(id);
+    if (!question && id?.startsWith?.(mark)) return; // it comes too late
     if (question && (from_id === "server" || from_id === question.to)) {
-      questions.delete(id);
       if (event_name !== "error") question.resolve(message);
       else question.reject(failure(payload?.code ?? "error", text ?? "It failed.", payload));
     } else if (typeof event_name === "string") call(onmessage, message);
@@ -2549,7 +2551,7 @@ export function connect({ token, onmessage, onstate, url = "ws" } = {}) {
 
   function probe() {
     schedule(lose, 10000);
-    ask("whoami").catch(() => {}); // any message in this time shows that the server is there
+    send("whoami", null, { id: mark }); // any message in this time shows that the server is there
   }
 
   function lose(reason = "The server does not answer.") {
@@ -2567,7 +2569,6 @@ export function connect({ token, onmessage, onstate, url = "ws" } = {}) {
     socket?.close(); // takes minutes where nobody answers: it is not waited for
     socket = undefined;
     for (const { reject } of questions.values()) reject(failure(code, text));
-    questions.clear();
   }
 
   async function countRefusal() {
@@ -2594,14 +2595,13 @@ export function connect({ token, onmessage, onstate, url = "ws" } = {}) {
 
   /** @type {(event_name: string, payload?: any, question?: Question) => Promise<Message>} */
   async function ask(event_name, payload, { timeout = 10000, ...fields } = {}) {
-    const id = crypto.getRandomValues(new Uint32Array(4)).join("-");
+    const id = `${mark}-${(asked += 1)}`;
     send(event_name, payload, { ...fields, id });
-    let late = 0;
-    const answer = new Promise((resolve, reject) => {
-      questions.set(id, { to: fields.to, resolve, reject });
-      late = setTimeout(reject, timeout, failure("timeout", "No answer came in time."));
-    });
-    return answer.finally(() => clearTimeout(late));
+    const { to } = fields;
+    const late = failure("timeout", "No answer came in time.");
+    const limit = setTimeout(() => questions.get(id)?.reject(late), timeout);
+    const answer = new Promise((resolve, reject) => questions.set(id, { to, resolve, reject }));
+    return answer.finally(() => clearTimeout(limit)).finally(() => questions.delete(id));
   }
 
   function close(reason = "") {
@@ -2660,19 +2660,19 @@ _files["console.html"] = r"""<!doctype html>
       padding: 0;
       border-collapse: collapse;
       margin: 0;
-      font: inherit;
+      font-family: inherit;
+      font-size: inherit;
       list-style: none;
+      outline-color: var(--accent);
       overflow-wrap: anywhere;
       vector-effect: non-scaling-stroke;
     }
-    :is(.signed-in #login, body:not(.signed-in) .private),
+    :is(.signed-in #credentials, body:not(.signed-in) :is(#leave, #credentials ~ *)),
     :is(dialog:not([open]), ul:empty, :is(table:has(td), ul:has(li)) + p) {
       display: none;
     }
     body {
-      max-width: 90rem;
-      padding: 0 1rem 1rem;
-      margin: auto;
+      padding: 0 max(1rem, 50% - 45rem) 1rem;
       color: light-dark(#1a2025, #e7ebed);
       font: 0.875rem/1.5 system-ui;
       font-variant-numeric: tabular-nums;
@@ -2696,22 +2696,21 @@ _files["console.html"] = r"""<!doctype html>
       display: grid;
       grid-template-columns: repeat(auto-fill, minmax(min(17.5rem, 100%), 1fr));
       align-content: start;
-      align-items: end;
       gap: 0.75rem;
     }
-    .card {
-      align-self: stretch;
-      padding: 1rem;
+    :where(.card, input:not([type="checkbox"]), button) {
+      padding: 0.375rem 0.625rem;
       border: 1px solid var(--line);
-      border-radius: 0.5rem;
+      border-radius: 0.375rem;
       background: var(--card);
+    }
+    .card {
+      align-items: end;
+      padding: 1rem;
     }
     :is(.whole, .card:not(#announcement) > *, td:first-child, td:last-child) {
       flex-basis: 100%;
       grid-column: 1 / -1;
-    }
-    :is(h1, h2, strong) {
-      font-weight: 600;
     }
     figcaption strong {
       font-size: 1.5rem;
@@ -2721,26 +2720,16 @@ _files["console.html"] = r"""<!doctype html>
       color: light-dark(#57626a, #9ca7ae);
       font-size: 0.75rem;
     }
-    :where(input:not([type="checkbox"]), button) {
-      min-height: 1.875rem;
-      padding: 0 0.625rem;
-      border: 1px solid var(--line);
-      border-radius: 0.375rem;
-      background: var(--card);
-      font-size: 0.8125rem;
-    }
     :is(.card > label > input, svg, table) {
       width: 100%;
     }
     :is(:root, header, input, button:not(.primary):hover) {
+      border-color: light-dark(#7c878f, #6b767e);
       background: light-dark(#f4f6f8, #0d1012);
     }
     .primary {
       background: var(--accent);
       color: var(--card);
-    }
-    :focus-visible {
-      outline: 2px solid var(--accent);
     }
     :is(.bad, [aria-invalid="true"], form:has([aria-invalid="true"]) [role="status"]) {
       border-color: currentColor;
@@ -2758,12 +2747,10 @@ _files["console.html"] = r"""<!doctype html>
       max-height: 28rem;
       overflow: auto;
     }
-    #messages li {
+    :is(#messages li, pre) {
+      font: 0.75rem/1.5 monospace;
       content-visibility: auto;
       contain-intrinsic-size: auto 2rem;
-    }
-    :is(summary, pre) {
-      font: 0.75rem/1.5 monospace;
       white-space: pre-wrap;
     }
     @media (width < 72rem) {
@@ -2775,8 +2762,7 @@ _files["console.html"] = r"""<!doctype html>
         grid-template-columns: repeat(auto-fit, minmax(5.25rem, 1fr));
       }
       td:not(:first-child, :last-child)::before {
-        display: block;
-        content: attr(title);
+        content: attr(title) "\a";
       }
     }
     @media (width >= 72rem) {
@@ -2788,17 +2774,15 @@ _files["console.html"] = r"""<!doctype html>
   <header>
     <h1>datadivr console</h1>
     <p id="status" role="status">Connecting</p>
-    <button id="leave" class="private">Sign out</button>
+    <button id="leave">Sign out</button>
   </header>
-  <main id="login">
+  <main>
     <form id="credentials" class="card" method="dialog">
       <label>Admin token <input id="token" type="password" autocomplete="off" required /></label>
-      <p class="quiet">DATADIVR_ADMIN_TOKEN, or the one in the server's log</p>
+      <p class="quiet">DATADIVR_ADMIN_TOKEN, or the one that the server shows at its start</p>
       <p id="refusal" class="bad" role="alert"></p>
       <button class="primary">Open the console</button>
     </form>
-  </main>
-  <main class="private">
     <figure class="card" aria-label="Clients connected" data-metric="clients"></figure>
     <figure class="card" aria-label="Messages in" data-metric="messages_received_total"></figure>
     <figure class="card" aria-label="Deliveries out" data-metric="messages_sent_total"></figure>
@@ -2859,8 +2843,7 @@ _files["console.html"] = r"""<!doctype html>
     <p class="quiet axis"><span>2 minutes ago</span> <span>1 minute ago</span> <span>now</span></p>
   </template>
   <script>
-    const ui = {};
-    for (const element of document.querySelectorAll("[id]")) ui[element.id] = element;
+    const ui = Object.fromEntries([...document.querySelectorAll("[id]")].map((it) => [it.id, it]));
     const root = new URL(location.pathname.endsWith("/") ? ".." : ".", location);
     const rowsPerPage = 20;
     const columns = "Client,Rooms,Node,Since,In,Out,Unsent bytes,Actions".split(",");
@@ -2883,15 +2866,16 @@ _files["console.html"] = r"""<!doctype html>
     const shortly = { dateStyle: "short", timeStyle: "short" };
     const roomsOf = ({ rooms = [] }) => rooms.map((room) => `#${room}`); // older nodes have none
     const textOf = (it) => [it.address, it.user, it.id, ...roomsOf(it)].join("\n").toLowerCase();
-    const isWanted = ({ message }) => message.event_name.includes(ui.wanted.value);
+    const isWanted = ({ name }) => name.includes(ui.wanted.value.toLowerCase());
     // JavaScript would round a large number: it goes out as it was typed.
-    const keepNumber = (key, value, { source }) =>
-      typeof value === "number" ? JSON.rawJSON(source) : value;
+    const asTyped = (_, it, { source }) => (typeof it === "number" ? JSON.rawJSON(source) : it);
+
     function make(tag, properties, ...content) {
       const element = Object.assign(document.createElement(tag), properties);
       element.append(...content.flat());
       return element;
     }
+
     async function request(path, options) {
       const { token } = state;
       const headers = { Authorization: `Bearer ${token}` };
@@ -2904,6 +2888,7 @@ _files["console.html"] = r"""<!doctype html>
       if (response.status === 401) signOut("The server refuses this token.");
       throw explain(response, text);
     }
+
     function explain({ status, headers }, text) {
       const isJson = headers.get("Content-Type") === "application/json";
       const { detail = `The server answers ${status}.` } = isJson ? JSON.parse(text) : {};
@@ -2911,16 +2896,19 @@ _files["console.html"] = r"""<!doctype html>
       const [{ loc, msg }] = detail;
       return new Error(`${loc.at(-1)}: ${msg}`, { cause: loc[1] }); // the field at fault
     }
+
     function start() {
       const [, token] = location.hash.split("#token=");
       history.replaceState(null, "", location.pathname); // nobody shall read the token there
       signIn(token ?? sessionStorage.getItem("datadivr") ?? "");
     }
+
     function signIn(token) {
       state.token = token;
       if (!/^[!-~]+$/.test(token)) signOut(token ? "The server refuses this token." : "");
       refresh();
     }
+
     function signOut(fault) {
       Object.assign(state, { token: "", listDue: 0, samples: [], arrived: [], kept: [] });
       sessionStorage.removeItem("datadivr");
@@ -2933,16 +2921,19 @@ _files["console.html"] = r"""<!doctype html>
       ui.refusal.textContent = fault;
       ui.token.focus();
     }
+
     function showStatus(text, milliseconds = 0) {
       if (ui.status.textContent !== text) ui.status.textContent = text; // it is read aloud once
       state.liveFrom = performance.now() + milliseconds;
       ui.status.className = state.liveFrom === Infinity ? "bad" : "quiet";
     }
+
     async function refresh() {
       clearTimeout(state.timer);
       if (state.token && !document.hidden) await load().catch(showGone);
       state.timer = setTimeout(refresh, 1000);
     }
+
     async function load() {
       await loadFigures();
       if (performance.now() > state.listDue) await loadClients();
@@ -2951,11 +2942,13 @@ _files["console.html"] = r"""<!doctype html>
       if (state.liveFrom === Infinity) showStatus("The server is back.", 10000);
       if (performance.now() > state.liveFrom) showStatus("Live");
     }
+
     function showGone({ message }) {
       if (!state.token) return;
       const last = state.samples.at(-1)?.date.toLocaleString() ?? "never";
       showStatus(`${message} Trying again every second. Last figures: ${last}.`, Infinity);
     }
+
     async function loadClients() {
       const pages = [];
       for (let after = ""; after !== null; after = pages.at(-1).next) {
@@ -2970,6 +2963,7 @@ _files["console.html"] = r"""<!doctype html>
       ui.count.textContent = `Clients: ${format(all)}${rest}`;
       showClients();
     }
+
     async function loadFigures() {
       const text = await request("metrics");
       const now = { at: performance.now() / 1000, date: new Date(), errors: {} };
@@ -2987,6 +2981,7 @@ _files["console.html"] = r"""<!doctype html>
       document.querySelectorAll("figure").forEach(drawChart);
       showErrors();
     }
+
     function ratesOf(metric) {
       return state.samples.map((_, index, samples) => {
         const [before, after = before] = samples.slice(Math.max(0, index - 1));
@@ -2994,6 +2989,7 @@ _files["console.html"] = r"""<!doctype html>
         return Math.max(0, after[metric] - before[metric]) / (after.at - before.at || 1);
       });
     }
+
     function drawChart(figure) {
       if (!figure.hasChildNodes()) figure.append(ui.chart.content.cloneNode(true));
       const { metric } = figure.dataset;
@@ -3008,6 +3004,7 @@ _files["console.html"] = r"""<!doctype html>
       const texts = [figure.ariaLabel, now, `peak ${peak} ${state.span}`];
       texts.forEach((text, index) => (figure.firstElementChild.children[index].textContent = text));
     }
+
     function showErrors() {
       const [{ errors: before }, { errors }] = [state.samples[0], state.samples.at(-1)];
       ui.faults.textContent = `Errors ${state.span}, and in all`;
@@ -3018,6 +3015,7 @@ _files["console.html"] = r"""<!doctype html>
         if (count > 0) ui.errors.append(make("li", { className: "bar" }, spans));
       }
     }
+
     function showClients(page = state.page) {
       // A button that is held down, or gets the focus back from the dialog, must not vanish.
       if (ui.rows.matches(":active") || ui.confirmation.open) return;
@@ -3036,30 +3034,32 @@ _files["console.html"] = r"""<!doctype html>
       ui.rows.replaceChildren(...shown.map(makeRow));
       if (focused) (document.getElementById(focused.id) ?? ui.table).focus({ preventScroll: true });
     }
+
     function makeRow(client) {
       const { address, user, id, node, connected_at } = client;
       const name = [make("strong", {}, address), ` ${user ?? ""}\n`, make("small", {}, id)];
       const since = new Date(connected_at).toLocaleString([], shortly);
       const counts = [client.messages_received, client.messages_sent, client.buffered_bytes];
-      const write = makeButton("Message", client, writeTo);
-      const remove = makeButton("Disconnect", client, disconnect);
+      const write = makeButton("Message", client, () => writeTo(client));
+      const remove = makeButton("Disconnect", client, () => disconnect(client));
       const rooms = roomsOf(client).join(" ");
       const cells = [name, rooms, node, since, ...counts.map(format), [write, " ", remove]];
-      // On a small screen, which has no head, the titles show.
-      const makeCell = (content, index) => make("td", { title: columns[index] }, content);
+      // A small screen shows the titles in place of the head; an empty cell's would be read for it.
+      const makeCell = (content, n) => make("td", { title: content && columns[n] }, content);
       const row = make("tr", {}, cells.map(makeCell));
       row.cells[0].role = "rowheader";
       return row;
     }
-    function makeButton(text, client, action) {
-      const ariaLabel = `${text} ${client.address}`;
-      const onclick = () => action(client);
-      return make("button", { id: text + client.id, ariaLabel, onclick }, text);
+
+    function makeButton(text, { id, address }, onclick) {
+      return make("button", { id: text + id, ariaLabel: `${text} ${address}`, onclick }, text);
     }
+
     function writeTo({ id }) {
       ui.to.value = id;
       ui.name.focus();
     }
+
     function disconnect({ id, address }) {
       ui.question.textContent = `Disconnect ${address}? It may connect again.`;
       ui.confirmation.showModal();
@@ -3069,34 +3069,37 @@ _files["console.html"] = r"""<!doctype html>
         state.listDue = 0;
       };
     }
+
     async function submit(send) {
       const fields = Object.fromEntries(new FormData(ui.announcement));
       showOutcome("");
       try {
-        const payload = JSON.parse(fields.payload || "null", keepNumber);
+        const payload = JSON.parse(fields.payload || "null", asTyped);
         showOutcome(await send({ ...fields, message: fields.message || null, payload }));
       } catch (error) {
         const name = error instanceof SyntaxError ? "payload" : error.cause;
         showOutcome(error.message, ui.announcement.elements[name]);
       }
     }
+
     async function announce(message) {
-      const body = JSON.stringify(message);
-      const { recipients, partial } = JSON.parse(
-        await request("messages", { method: "POST", body }),
-      );
+      const options = { method: "POST", body: JSON.stringify(message) };
+      const { recipients, partial } = JSON.parse(await request("messages", options));
       return `“${message.event_name}” reached clients: ${recipients}${partial ? " or more" : ""}.`;
     }
+
     function talk({ event_name, payload, ...rest }) {
       state.server.send(event_name, payload, rest);
       return `“${event_name}” is sent. What comes back shows below.`;
     }
+
     function showOutcome(text, fault) {
       for (const field of ui.announcement.elements) field.ariaInvalid = field === fault;
       ui.outcome.textContent = text;
       fault?.setAttribute("aria-describedby", "outcome");
       fault?.focus();
     }
+
     async function watch() {
       if (state.isWatching) return state.server?.close();
       state.server?.close(); // it goes on trying where it was refused
@@ -3104,6 +3107,7 @@ _files["console.html"] = r"""<!doctype html>
       const { connect } = await import(new URL("client.js", root));
       state.server = connect({ token: ui.ticket.value, onmessage: hear, onstate: showConnection });
     }
+
     function showConnection(name, reason) {
       state.isWatching = name === "connecting" || name === "open";
       ui.connection.textContent = [`Connection: ${name}`, reason].filter(Boolean).join(". ");
@@ -3111,21 +3115,25 @@ _files["console.html"] = r"""<!doctype html>
       ui.talk.hidden = name !== "open";
       ui.ticket.hidden &&= name !== "refused";
     }
+
     function hear(message) {
-      keep(state.arrived, { message, moment: new Date() });
+      keep(state.arrived, { message, moment: new Date(), name: message.event_name.toLowerCase() });
       if (!ui.pause.checked) state.drawing ||= setTimeout(requestAnimationFrame, 100, showMessages);
     }
+
     function keep(entries, entry) {
       if (entries.push(entry) <= 200) return;
       const index = entries.findIndex((entry) => !isWanted(entry)); // what is not shown goes first
       entries.splice(Math.max(0, index), 1);
     }
+
     function showMessages() {
       state.drawing = 0;
       if (!ui.pause.checked) state.arrived.splice(0).forEach((entry) => keep(state.kept, entry));
       const wanted = state.kept.filter(isWanted).reverse();
       ui.messages.replaceChildren(...wanted.map((entry) => (entry.item ??= makeItem(entry))));
     }
+
     function makeItem({ message, moment }) {
       const { event_name, from_id, to, payload } = message;
       const way = `${event_name.padEnd(16)}  ${from_id.padEnd(36)} → ${to.padEnd(8)}`;
@@ -3133,20 +3141,12 @@ _files["console.html"] = r"""<!doctype html>
       const line = [moment.toLocaleTimeString(), way, text.slice(0, 100)].join("  ");
       const pre = make("pre");
       const ontoggle = () => (pre.textContent = JSON.stringify(message, null, 2));
-      const className = event_name === "error" ? "bad" : "";
-      return make(
-        "li",
-        { className },
-        make("details", { ontoggle }, make("summary", {}, line), pre),
-      );
+      const details = make("details", { ontoggle }, make("summary", {}, line), pre);
+      return make("li", { className: event_name === "error" ? "bad" : "" }, details);
     }
-    ui.table.createTHead().append(
-      make(
-        "tr",
-        {},
-        columns.map((name) => make("th", {}, name)),
-      ),
-    );
+
+    const names = columns.map((name) => make("th", {}, name));
+    ui.table.createTHead().append(make("tr", {}, names));
     ui.rows = Object.assign(ui.table.createTBody(), { id: "rows" });
     window.onhashchange = start;
     ui.credentials.onsubmit = () => signIn(ui.token.value.trim());

@@ -8255,6 +8255,12 @@ CLIENT_PAGE = """
 """
 
 
+def load_client(page: Page, url: str, module: str = "/client.js?v=2") -> None:
+    """Open a page that has the client."""
+    page.goto(url)
+    page.evaluate(f"() => {{ {CLIENT_PAGE.replace('/client.js?v=2', module)} }}")
+
+
 class Tab:
     """A page with the client and a clock that stands still; a test plays the server of `play`."""
 
@@ -8267,11 +8273,11 @@ class Tab:
         page.on("pageerror", lambda raised: self.complaints.append(str(raised)))
         page.clock.install(time=0)
         page.clock.pause_at(1000)
-        self._open()
+        self.load()
 
-    def _open(self) -> None:
-        self.page.goto(f"http://127.0.0.1:{self.port}/healthz")
-        self.page.evaluate(f"() => {{ {CLIENT_PAGE} Math.random = () => 0; }}")
+    def load(self) -> None:
+        load_client(self.page, f"http://127.0.0.1:{self.port}/healthz")
+        self.get("Math.random = () => 0")
 
     def _accept(self, socket: WebSocketRoute) -> None:
         self.sockets.append(socket)
@@ -8281,9 +8287,16 @@ class Tab:
     def go(self, **options: Any) -> None:
         self.page.evaluate("(options) => go(options)", options)
 
+    def go_in(self, **options: Any) -> None:
+        self.go(**options)
+        self.wait_for_state("open")
+
+    def go_nowhere(self) -> None:
+        self.go(url=f"ws://127.0.0.1:{free_port()}/ws")
+
     def play(self, callbacks: str = "{}") -> None:
         self.page.route_web_socket(re.compile("/played/ws$"), self._accept)
-        self._open()
+        self.load()
         self.get(f"go({{ url: '/played/ws', ...{callbacks} }})")
         self.wait_for_state("open")
 
@@ -8320,9 +8333,17 @@ class Tab:
         self.page.clock.run_for(milliseconds)
 
 
+@pytest.fixture(scope="module")
+def still(browser: Browser) -> Iterator[BrowserContext]:
+    """Keep a page open beside those of `context`, whose clock must go: a clock is a context's."""
+    with browser.new_context() as context:
+        context.new_page()
+        yield context
+
+
 @pytest.fixture
-def tab(context: BrowserContext, live: Live) -> Iterator[Tab]:
-    with context.new_page() as page:
+def tab(still: BrowserContext, live: Live) -> Iterator[Tab]:
+    with still.new_page() as page:
         opened = Tab(page, live.port)
         yield opened
         assert opened.complaints == []
@@ -8345,13 +8366,19 @@ def test_the_clients_module_is_served_to_pages_from_anywhere_until_it_changes(
     assert api.get("/client.js", headers={"If-None-Match": '"other"'}).status_code == 200
 
 
-def test_the_clients_source_is_short_and_as_prettier_leaves_it() -> None:
-    source = datadivr._files["client.js"]
-    prettier = node_module("prettier/bin/prettier.cjs")
-    command = [find("node"), str(prettier), "--no-config", "--parser=babel", "--print-width=100"]
+def assert_formatted(name: str, parser: str, lines: int) -> None:
+    """Check that a file which is served is as Prettier leaves it, and no longer than it may be."""
+    source = datadivr._files[name]
+    prettier = str(node_module("prettier/bin/prettier.cjs"))
+    command = [find("node"), prettier, "--no-config", f"--parser={parser}", "--print-width=100"]
     result = subprocess.run(command, input=source, capture_output=True, text=True, check=True)
     assert result.stdout == source
-    assert source.count("\n") <= 140
+    assert source.count("\n") <= lines
+    assert max(map(len, source.split("\n"))) <= 100
+
+
+def test_the_clients_source_is_short_and_as_prettier_leaves_it() -> None:
+    assert_formatted("client.js", "babel", 140)
 
 
 def test_the_clients_types_are_sound(tmp_path: Path) -> None:
@@ -8433,8 +8460,8 @@ def test_the_client_of_a_renamed_file_finds_it_behind_nginx_under_a_path(
         with nginx(tmp_path, configuration) as proxy, context.new_page() as page:
             process.wait_until_up()
             proxy.wait_until_up(f"{passed}healthz")
-            page.goto(f"http://127.0.0.1:{proxy.port}{passed}healthz")
-            page.evaluate(f"() => {{ {CLIENT_PAGE.replace('/client.js', f'{passed}client.js')} }}")
+            url = f"http://127.0.0.1:{proxy.port}{passed}"
+            load_client(page, f"{url}healthz", f"{url}client.js")
             page.evaluate("go()")
             wait_until(lambda: page.evaluate("states.at(-1)?.[0]") == "open", "the page")
 
@@ -8443,17 +8470,14 @@ def test_a_page_from_elsewhere_imports_the_client_and_is_let_in_where_it_is_list
     tab: Tab, configure: Callable[..., None]
 ) -> None:
     configure(allowed_origins=(f"http://localhost:{tab.port}",))
-    tab.page.goto(f"http://localhost:{tab.port}/healthz")
     module = f"http://127.0.0.1:{tab.port}/client.js"
-    tab.page.evaluate(f"() => {{ {CLIENT_PAGE.replace('/client.js', module)} }}")
-    tab.go()
-    tab.wait_for_state("open")
+    load_client(tab.page, f"http://localhost:{tab.port}/healthz", module)
+    tab.go_in()
 
 
 def test_the_client_brings_its_token(tab: Tab, configure: Callable[..., None]) -> None:
     configure(client_token="let-me-in")
-    tab.go(token="let-me-in")
-    tab.wait_for_state("open")
+    tab.go_in(token="let-me-in")
 
 
 def test_a_token_that_no_handshake_can_carry_is_an_error_of_connect_itself(tab: Tab) -> None:
@@ -8467,8 +8491,7 @@ def test_the_client_makes_no_globals_and_tells_no_state_before_connect_has_retur
 ) -> None:
     names = "Object.getOwnPropertyNames(globalThis).sort()"
     before = tab.get(names)
-    tab.go()
-    tab.wait_for_state("open")
+    tab.go_in()
     assert sorted({*tab.get(names)} - {*before}) == ["early", "server"]
     assert tab.get("[early, states]") == [0, [["connecting", ""], ["open", ""]]]
 
@@ -8479,7 +8502,7 @@ def test_the_client_tries_again_for_ever_after_pauses_that_grow_to_30_seconds(
 ) -> None:
     pauses = [500, 1000, 2000, 4000, 8000, 10000, 10000]
     tab.get(f"Math.random = () => {luck}")
-    tab.go(url=f"ws://127.0.0.1:{free_port()}/ws")
+    tab.go_nowhere()
     for count, shortest in enumerate(pauses, 1):
         pause = shortest * (3 if luck else 1)
         tab.wait_for_failure(count)
@@ -8494,7 +8517,7 @@ def test_the_client_tries_again_for_ever_after_pauses_that_grow_to_30_seconds(
 def test_the_client_tries_at_once_where_the_network_or_the_reader_is_back(
     tab: Tab, event: str
 ) -> None:
-    tab.go(url=f"ws://127.0.0.1:{free_port()}/ws")
+    tab.go_nowhere()
     tab.wait_for_failure(1)
     happen = f"""() => {{
         document.dispatchEvent(new Event("{event}", {{ bubbles: true }}));
@@ -8536,8 +8559,7 @@ def test_the_client_comes_back_when_an_open_connection_is_lost(tab: Tab) -> None
 
 
 def test_a_client_that_an_administrator_disconnects_stays_away(tab: Tab) -> None:
-    tab.go()
-    tab.wait_for_state("open")
+    tab.go_in()
     (client_id,) = datadivr.clients
     http.delete(f"http://127.0.0.1:{tab.port}/clients/{client_id}", headers=ADMIN)
     tab.wait_for_state("closed")
@@ -8665,8 +8687,7 @@ def test_a_question_has_its_answer_of_the_server_or_of_the_client_that_it_names_
 
 
 def test_questions_have_the_servers_answers(tab: Tab, connect: Connect) -> None:
-    tab.go()
-    tab.wait_for_state("open")
+    tab.go_in()
     gone = "No client with the id in `to` is connected."
     for words, outcome in (
         (("sum_event", {"numbers": [1, 2]}), ["sum_handler_result", 3]),
@@ -8697,7 +8718,8 @@ def test_a_question_without_an_answer_fails_in_time_and_its_late_answer_is_dropp
         tab.hears()  # or it would be probed
         tab.run_for(1)
         assert tab.outcome()[:2] == ["Error", "timeout"]
-        tab.hears(event_name="late", id=asked["id"])
+        for event_name in ("late", "error"):
+            tab.hears(event_name=event_name, id=asked["id"])
     tab.hears(event_name="last")
     tab.wait_for("heard.length === 3")
     assert tab.get("heard.map(({ event_name }) => event_name)") == ["m", "m", "last"]
@@ -8752,13 +8774,13 @@ def test_whatever_arrives_the_client_goes_on(tab: Tab) -> None:
     tab.play()
     tab.ask("question", None, {"timeout": 300})
     asked = tab.wait_for_told(1)
-    for frame in (b"\xff", b'{"event_name": "binary"}', "[" * 100_000):
+    for frame in (b"\xff", '{"event_name": "böse"}'.encode(), "[" * 100_000):
         tab.sockets[-1].send(frame)
     for text in HOSTILE.replace("ID", asked["id"]).split("\n"):
         tab.sockets[-1].send(text)
     tab.wait_for("heard.some(({ event_name }) => event_name === 'odd')")
-    assert tab.get("heard.map(({ event_name }) => event_name)") == ["error", "odd"]
-    odd = tab.get("heard[1].payload.map((value) => typeof value)")
+    assert tab.get("heard.map(({ event_name }) => event_name)") == ["böse", "error", "odd"]
+    odd = tab.get("heard[2].payload.map((value) => typeof value)")
     assert odd == ["string", "number", "number"]
     tab.run_for(300)
     assert tab.outcome()[:2] == ["Error", "timeout"]
@@ -8789,7 +8811,7 @@ def test_after_close_nothing_happens_but_that_the_client_is_closed(tab: Tab) -> 
 
 
 def test_a_client_can_be_closed_between_two_attempts_and_during_the_first(tab: Tab) -> None:
-    tab.go(url=f"ws://127.0.0.1:{free_port()}/ws")
+    tab.go_nowhere()
     tab.wait_for_failure(1)
     tab.get("server.close()")
     tab.get("""import("/client.js").then(({ connect }) => {
@@ -8906,6 +8928,10 @@ def node_module(path: str) -> Path:
 CLIENT_LIST = re.compile(r"/clients\?")
 
 
+def wait_until_live(page: Page) -> None:
+    expect(page.get_by_text("Live", exact=True)).to_be_visible()
+
+
 def wait_for_status(page: Page, text: str) -> None:
     """Wait for what the page's head says for some seconds."""
     wait_until(lambda: text in page.evaluate("said"), text)
@@ -8926,14 +8952,24 @@ def fake_clients(page: Page, clients: list[Json], **answer: Any) -> None:
     page.route(CLIENT_LIST, lambda route: route.fulfill(json=body))
 
 
-def test_the_consoles_source_is_as_prettier_leaves_it() -> None:
-    page = datadivr._files["console.html"]
-    prettier = node_module("prettier/bin/prettier.cjs")
-    command = [find("node"), str(prettier), "--no-config", "--parser=html", "--print-width=100"]
-    result = subprocess.run(command, input=page, capture_output=True, text=True, check=True)
-    assert result.stdout == page
-    assert page.count("\n") <= 520
-    assert max(map(len, page.split("\n"))) <= 100
+def test_the_consoles_source_is_short_and_as_prettier_leaves_it() -> None:
+    assert_formatted("console.html", "html", 520)
+
+
+def figures(messages: int = 0, clients: int = 0, errors: str = "") -> str:
+    """Return what /metrics may answer."""
+    counts = {"clients": clients, "messages_received_total": messages, "messages_sent_total": 0}
+    return errors + "".join(f"datadivr_{name} {count}\n" for name, count in counts.items())
+
+
+def fake_figures(page: Page, *answers: str) -> None:
+    """Answer the page's questions for figures in place of the server, with the last for ever."""
+    left = list(answers)
+    page.route("**/metrics", lambda route: route.fulfill(body=left.pop(0) if left[1:] else left[0]))
+
+
+def caption(page: Page, name: str) -> Locator:
+    return page.get_by_role("figure", name=name).locator("figcaption")
 
 
 def test_the_console_shows_the_clients(page: Page, live: Live, connect: Connect) -> None:
@@ -8948,79 +8984,67 @@ def test_the_console_shows_the_clients(page: Page, live: Live, connect: Connect)
         expect(row.get_by_role("cell")).to_have_text(
             ["", client_id[:8], re.compile(r"\d"), "1", "1", "0", "Message Disconnect"]
         )
-    expect(page.get_by_role("figure", name="Clients connected")).to_contain_text(
-        re.compile(r"^\s*Clients connected\s+2\s")
-    )
-    expect(page.get_by_text("Live", exact=True)).to_be_visible()
+    expect(caption(page, "Clients connected")).to_have_text(re.compile("^Clients connected 2 peak"))
+    wait_until_live(page)
 
 
 def test_the_console_draws_rates(page: Page, live: Live, connect: Connect) -> None:
     client = connect()
     open_console(page, live.port)
-    chart = page.get_by_role("figure").filter(has_text="Messages in")
+    wait_until_live(page)
+    line = page.get_by_role("figure", name="Messages in").locator("polyline")
 
     def draws() -> bool:
         ask(client, "m", to="all")
-        figure = chart.locator("figcaption").inner_text() if chart.is_visible() else ""
-        line = " " in (chart.locator("polyline").get_attribute("points") or "")
-        return line and re.search(r"\n[1-9]\d*(\.\d+)?/s\n", figure) is not None
+        text = caption(page, "Messages in").inner_text()
+        is_drawn = " " in (line.get_attribute("points") or "")
+        return is_drawn and re.search(r"\n[1-9]\d*(\.\d+)?/s\n", text) is not None
 
     wait_until(draws, "a line, and a rate")
 
 
-COUNTS = (
-    "datadivr_clients 0\ndatadivr_messages_received_total {0}\ndatadivr_messages_sent_total {0}\n"
-)
-
-
 def test_the_console_takes_counters_that_go_down_for_a_restart(page: Page, live: Live) -> None:
-    answers = [900, 10]
-    page.route(
-        "**/metrics",
-        lambda route: route.fulfill(body=COUNTS.format(answers.pop(0) if answers[1:] else 10)),
-    )
+    fake_figures(page, figures(900), figures(10))
     open_console(page, live.port)
-    caption = page.get_by_role("figure", name="Messages in").locator("figcaption")
-    expect(caption).to_have_text(re.compile("Messages in 0/s peak 0/s since "))
+    expect(caption(page, "Messages in")).to_have_text(re.compile("Messages in 0/s peak 0/s since "))
+
+
+SIDES = """(element) => {
+    const { left, right } = element.getBoundingClientRect();
+    return [left, right]; }"""
 
 
 def leap(page: Page, seconds: int) -> None:
     """Have the page's clock, which is that of HASTE, leap ahead, and its figures be read then."""
     page.evaluate(
-        """(seconds) => {
-          const now = performance.now;
-          performance.now = () => now() + 1000 * seconds; }""",
-        seconds,
+        "(ahead) => { const { now } = performance; performance.now = () => now() + ahead }",
+        1000 * seconds,
     )
     count = page.evaluate("state.samples.at(-1).at")
     page.wait_for_function("(before) => state.samples.at(-1).at > before + 1", arg=count)
 
 
 def test_the_console_says_of_which_time_its_figures_are(page: Page, live: Live) -> None:
-    errors = [2]
     line = 'datadivr_errors_total{{type="late"}} {}\n'
-    page.route(
-        "**/metrics",
-        lambda route: route.fulfill(body=line.format(errors[0]) + COUNTS.format(0)),
-    )
+    fake_figures(page, figures(errors=line.format(2)))
     open_console(page, live.port)
-    caption = page.get_by_role("figure", name="Messages in").locator("figcaption")
-    expect(caption).to_contain_text(re.compile(r"peak 0/s since \d+:\d\d:\d\d"))
+    text = caption(page, "Messages in")
+    expect(text).to_contain_text(re.compile(r"peak 0/s since \d+:\d\d:\d\d"))
     expect(page.get_by_role("heading", name=re.compile(r"^Errors since \d"))).to_be_visible()
-    errors[0] = 5
+    fake_figures(page, figures(errors=line.format(5)))
     expect(page.get_by_role("listitem")).to_have_text(["late +3 5"])
     leap(page, 60)
     leap(page, 60)
-    expect(caption).to_contain_text("peak 0/s in two minutes")
+    expect(text).to_contain_text("peak 0/s in two minutes")
     expect(page.get_by_role("heading", name="Errors in two minutes")).to_be_visible()
     leap(page, 600)  # as a page does that was hidden
-    expect(caption).to_contain_text("peak 0/s since ")
+    expect(text).to_contain_text("peak 0/s since ")
 
 
 def test_a_chart_has_an_axis_of_two_minutes_and_fills_from_the_right(
     page: Page, live: Live
 ) -> None:
-    page.route("**/metrics", lambda route: route.fulfill(body=COUNTS.format(0)))
+    fake_figures(page, figures())
     open_console(page, live.port)
     chart = page.get_by_role("figure", name="Messages in")
     for text in ("2 minutes ago", "1 minute ago", "now"):
@@ -9034,20 +9058,14 @@ def test_a_chart_has_an_axis_of_two_minutes_and_fills_from_the_right(
     leap(page, 100)
     assert -120 < edges()[0] < -100
     assert edges()[1] == 0
-    left, right = (chart.get_by_text(text).bounding_box() for text in ("2 minutes ago", "now"))
-    drawing = chart.locator("svg").bounding_box()
-    assert left
-    assert right
-    assert drawing
-    assert left["x"] == drawing["x"]
-    assert right["x"] + right["width"] == pytest.approx(drawing["x"] + drawing["width"], abs=1)
+    drawing = chart.locator("svg").evaluate(SIDES)
+    assert chart.get_by_text("2 minutes ago").evaluate(SIDES)[0] == drawing[0]
+    assert chart.get_by_text("now").evaluate(SIDES)[1] == pytest.approx(drawing[1], abs=1)
 
 
 def test_the_console_lists_errors_by_type(page: Page, live: Live) -> None:
-    errors = (
-        'datadivr_errors_total{type="a\\"b\\\\c<b>"} 3.0\ndatadivr_errors_total{type="never"} 0.0\n'
-    )
-    page.route("**/metrics", lambda route: route.fulfill(body=errors + COUNTS.format(0)))
+    named = 'datadivr_errors_total{type="a\\"b\\\\c<b>"} 3.0\n'
+    fake_figures(page, figures(errors=named + 'datadivr_errors_total{type="never"} 0.0\n'))
     open_console(page, live.port)
     expect(page.get_by_role("listitem")).to_have_text(['a"b\\c<b> +0 3'])
 
@@ -9074,17 +9092,28 @@ def test_the_console_finds_a_client_by_address_id_user_or_room(page: Page, live:
         expect(rows(page).get_by_role("rowheader")).to_have_text(["10.0.0.7:1 bob id-7"])
 
 
-def test_the_console_shows_rooms(page: Page, live: Live) -> None:
-    fake_clients(page, [{"id": "1", "rooms": ["garden", "user:ada"]}, {"id": "2", "rooms": []}])
+def join(live: Live, client_id: str, *rooms: str) -> None:
+    for room in rooms:
+        url = f"http://127.0.0.1:{live.port}/clients/{client_id}/rooms/{room}"
+        assert http.put(url, headers=ADMIN).status_code == 204
+
+
+def test_the_console_shows_rooms_and_finds_clients_by_them(
+    page: Page, live: Live, connect: Connect
+) -> None:
+    ids = [id_of(connect()) for _ in range(2)]
+    join(live, ids[1], "garden", "user:ada")
     open_console(page, live.port)
     expect(page.get_by_role("columnheader", name="Rooms")).to_be_visible()
-    rooms = [row.get_by_role("cell").first for row in rows(page).all()]
-    expect(rooms[0]).to_have_text("#garden #user:ada")
-    expect(rooms[1]).to_have_text("")
+    expect(rows(page)).to_have_count(2)
+    for row, rooms in zip(rows(page).all(), ("", "#garden #user:ada"), strict=True):
+        expect(row.get_by_role("cell").first).to_have_text(rooms)
+    page.get_by_label("Address, id, user or room").fill("user:ada")
+    expect(rows(page).get_by_role("rowheader")).to_have_text([re.compile(ids[1])])
 
 
 def test_the_console_lists_clients_of_a_node_that_knows_no_rooms(page: Page, live: Live) -> None:
-    fake_clients(page, [{"id": "old"}, {"id": "new", "rooms": ["garden"]}])
+    fake_clients(page, [{"id": "old", "user": None}, {"id": "new", "rooms": ["garden"]}])
     open_console(page, live.port)
     expect(rows(page)).to_have_count(2)
     page.get_by_label("Address, id, user or room").fill("garden")
@@ -9108,12 +9137,11 @@ def test_ten_thousand_clients_do_not_hold_up_the_page(page: Page, live: Live) ->
 
 def test_the_console_says_whose_figures_it_shows(page: Page, live: Live) -> None:
     fake_clients(page, [{"id": str(n)} for n in range(3)])
-    counts = [COUNTS.replace("clients 0", f"clients {n}").format(0) for n in (2, 3)]
-    page.route("**/metrics", lambda route: route.fulfill(body=counts[0]))
+    fake_figures(page, figures(clients=2))
     open_console(page, live.port)
     sentence = "Figures and errors are of one process or machine: 2 of 3 clients."
     expect(page.get_by_text(sentence)).to_be_visible()
-    counts.pop(0)
+    fake_figures(page, figures(clients=3))
     expect(page.get_by_text(sentence)).to_be_hidden()
 
 
@@ -9129,7 +9157,7 @@ def test_the_console_shows_nodes_where_there_are_several(page: Page, live: Live)
 def test_a_small_screen_shows_each_figure_apart(page: Page, live: Live) -> None:
     fake_clients(page, [{"id": 4 * f"{name}1111111-"} for name in "ab"])
     open_console(page, live.port)
-    expect(page.get_by_text("Live", exact=True)).to_be_visible()
+    wait_until_live(page)
     body = page.locator("tbody")  # its rows are redrawn
     places = """(body) => Array.from(body.rows[0].cells, (cell) => {
       const range = document.createRange(); range.selectNodeContents(cell);
@@ -9154,12 +9182,43 @@ def test_a_small_screen_shows_every_column_with_its_name(page: Page, live: Live)
         "(cells) => cells.map((cell) => getComputedStyle(cell, '::before').content)"
     )
     columns = ("Rooms", "Node", "Since", "In", "Out", "Unsent bytes")
-    assert names[1:-1] == [f'"{name}"' for name in columns]
-    for cell in cells.all():
-        box = cell.bounding_box()
-        assert box
-        assert box["x"] >= 0
-        assert box["x"] + box["width"] <= 390
+    assert names[1:-1] == [f'"{name}\\a "' for name in columns]  # each on a line of its own
+    for left, right in (cell.evaluate(SIDES) for cell in cells.all()):
+        assert 0 <= left <= right <= 390
+
+
+@pytest.mark.parametrize("width", [390, 1440])
+def test_an_empty_cell_is_not_read_by_the_name_of_its_column(
+    page: Page, live: Live, width: int
+) -> None:
+    fake_clients(page, [{"id": "1", "rooms": []}])
+    page.set_viewport_size({"width": width, "height": 900})
+    open_console(page, live.port)
+    expect(rows(page).get_by_role("cell").first).to_have_accessible_name("")
+    expect(rows(page).get_by_role("cell").first).to_have_accessible_description("")
+
+
+@pytest.mark.parametrize("theme", THEMES)
+def test_the_outline_of_a_field_stands_out(
+    page: Page, live: Live, theme: Literal["light", "dark"]
+) -> None:
+    page.emulate_media(color_scheme=theme)
+    open_console(page, live.port)
+    wait_until_live(page)
+    colors = """(field) => {
+      const own = getComputedStyle(field), card = getComputedStyle(field.closest(".card"));
+      return [own.borderTopColor, own.backgroundColor, card.backgroundColor]; }"""
+
+    def luminance(color: str) -> float:  # as WCAG 2 defines it
+        parts = [int(part) / 255 for part in re.findall(r"\d+", color)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+        return 0.05 + sum(
+            weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True)
+        )
+
+    for label in ("Event name", "Address, id, user or room", "Only events with"):
+        outline, *grounds = map(luminance, page.get_by_label(label).evaluate(colors))
+        assert min(max(outline, ground) / min(outline, ground) for ground in grounds) >= 3
 
 
 def test_a_lost_server_and_the_last_figures_moment_are_seen_wherever_one_has_scrolled_to(
@@ -9168,7 +9227,7 @@ def test_a_lost_server_and_the_last_figures_moment_are_seen_wherever_one_has_scr
     fake_clients(page, [{"id": str(n)} for n in range(20)])
     page.set_viewport_size({"width": 390, "height": 900})
     open_console(page, live.port)
-    expect(page.get_by_text("Live", exact=True)).to_be_visible()
+    wait_until_live(page)
     expect(rows(page)).to_have_count(20)
     page.evaluate("document.querySelector('#rows').lastElementChild.scrollIntoView()")
     page.route("**/*", lambda route: route.abort())
@@ -9179,49 +9238,45 @@ def test_a_lost_server_and_the_last_figures_moment_are_seen_wherever_one_has_scr
 @pytest.mark.parametrize("token", ["wrong", "tökén"])
 def test_the_console_says_that_a_token_is_wrong(page: Page, live: Live, token: str) -> None:
     open_console(page, live.port, token=token)
-    expect(
-        page.get_by_role("alert").filter(has_text="The server refuses this token.")
-    ).to_be_visible()
+    expect(page.get_by_role("alert")).to_have_text("The server refuses this token.")
     expect(page.get_by_label("Admin token")).to_be_focused()
     assert page.evaluate("sessionStorage.length") == 0
 
 
 def test_the_console_keeps_the_token_until_one_signs_out(page: Page, live: Live) -> None:
     open_console(page, live.port)
-    expect(page.get_by_text("Live", exact=True)).to_be_visible()
+    wait_until_live(page)
     page.reload()
-    expect(page.get_by_text("Live", exact=True)).to_be_visible()
+    wait_until_live(page)
     page.get_by_role("button", name="Sign out").click()
     expect(page.get_by_label("Admin token")).to_have_value("")
     page.reload()
     expect(page.get_by_label("Admin token")).to_be_visible()
 
 
-def test_the_log_has_a_link_that_opens_the_console_signed_in(
-    page: Page, live: Live, configure: Callable[..., None], logged: list[Any]
+def test_the_server_shows_a_link_that_opens_the_console_signed_in(
+    page: Page, live: Live, configure: Callable[..., None], made_up_token: Callable[..., str]
 ) -> None:
     configure(admin_token=None)
     token = datadivr._admin_token()
-    (link,) = (entry["console"] for entry in logged if entry["event"] == "admin_token_generated")
-    page.goto(f"http://127.0.0.1:{live.port}{link}")
-    assert page.url == f"http://127.0.0.1:{live.port}/console"
-    expect(page.get_by_text("Live", exact=True)).to_be_visible()
+    url = f"http://127.0.0.1:{live.port}/console"
+    page.goto(f"{url}#token={made_up_token()}")
+    assert page.url == url
+    wait_until_live(page)
     page.get_by_role("button", name="Sign out").click()
     page.evaluate("(token) => { location.hash = `token=${token}` }", token)
-    expect(page.get_by_text("Live", exact=True)).to_be_visible()
-    assert page.url == f"http://127.0.0.1:{live.port}/console"
+    wait_until_live(page)
+    assert page.url == url
 
 
 def test_the_console_asks_for_the_token_again_once_it_is_refused(
     page: Page, live: Live, configure: Callable[..., None]
 ) -> None:
     open_console(page, live.port)
-    expect(page.get_by_text("Live", exact=True)).to_be_visible()
+    wait_until_live(page)
     configure(admin_token="another")
     datadivr._admin_token.cache_clear()
-    expect(
-        page.get_by_role("alert").filter(has_text="The server refuses this token.")
-    ).to_be_visible()
+    expect(page.get_by_role("alert")).to_have_text("The server refuses this token.")
 
 
 def test_an_announcement_from_the_console_reaches_all(
@@ -9235,13 +9290,9 @@ def test_an_announcement_from_the_console_reaches_all(
     page.get_by_role("button", name="Send").click()
     expect(page.get_by_text("reached")).to_have_text(f"“{IMAGE}” reached clients: 2.")
     for client in clients:
-        assert hear(client) == {
-            "event_name": IMAGE,
-            "payload": {"n": 12345678901234567890},
-            "to": "all",
-            "from_id": "server",
-            "message": "Hello, all.",
-        }
+        payload = {"n": 12345678901234567890}
+        message = message_from("server", IMAGE, "all", payload=payload, message="Hello, all.")
+        assert hear(client) == message
     assert page.title() == "datadivr console"
 
 
@@ -9256,6 +9307,20 @@ def test_an_announcement_from_the_console_reaches_one(
     expect(page.get_by_text("reached")).to_have_text("“hint” reached clients: 1.")
     assert hear(clients[1])["event_name"] == "hint"
     assert ask(clients[0], "whoami")["event_name"] == "whoami"
+
+
+def test_an_announcement_from_the_console_reaches_a_room(
+    page: Page, live: Live, connect: Connect
+) -> None:
+    member, stranger = connect(), connect()
+    join(live, id_of(member), "garden")
+    open_console(page, live.port)
+    page.get_by_label("Event name").fill("news")
+    page.get_by_label("To: all, #room or an id").fill("#garden")
+    page.get_by_role("button", name="Send").click()
+    expect(page.get_by_text("reached")).to_have_text("“news” reached clients: 1.")
+    assert hear(member) == message_from("server", "news", "#garden")
+    assert hear_all(stranger) == []
 
 
 def test_the_console_says_what_is_wrong_with_an_announcement(page: Page, live: Live) -> None:
@@ -9283,8 +9348,7 @@ def test_the_console_says_what_is_wrong_with_an_announcement(page: Page, live: L
     expect(page.locator("[aria-invalid=true]")).to_have_count(0)
 
 
-def watch(page: Page, port: int) -> None:
-    open_console(page, port)
+def watch(page: Page) -> None:
     page.get_by_role("button", name="Watch").click()
     expect(page.get_by_text("Connection: open")).to_be_visible()
 
@@ -9295,10 +9359,9 @@ def messages(page: Page) -> Locator:
 
 def test_the_console_connects_only_when_it_is_asked_to_watch(live: Live, page: Page) -> None:
     open_console(page, live.port)
-    expect(page.get_by_text("Live", exact=True)).to_be_visible()
+    wait_until_live(page)
     assert total(live.port) == 0
-    page.get_by_role("button", name="Watch").click()
-    expect(page.get_by_text("Connection: open")).to_be_visible()
+    watch(page)
     assert total(live.port) == 1
     page.get_by_role("button", name="Stop").click()
     expect(page.get_by_text("Connection: closed")).to_be_visible()
@@ -9311,7 +9374,8 @@ def test_the_console_shows_messages_live_and_folded(
 ) -> None:
     client = connect()
     client_id = id_of(client)
-    watch(page, live.port)
+    open_console(page, live.port)
+    watch(page)
     payload = {"text": IMAGE, "rows": [1, 2]}
     ask(client, "chat", to="all", payload=payload)
     ask(client, "score", to="all", message="Well done.")
@@ -9325,24 +9389,21 @@ def test_the_console_shows_messages_live_and_folded(
     expect(folded).to_be_hidden()
     messages(page).nth(1).locator("summary").click()
     expect(folded).to_be_visible()
-    assert json.loads(folded.inner_text()) == {
-        "event_name": "chat",
-        "payload": payload,
-        "to": "all",
-        "from_id": client_id,
-        "message": None,
-    }
+    message = message_from(client_id, "chat", "all", payload=payload)
+    expect(folded).to_contain_text("chat")  # it is filled as it unfolds
+    assert json.loads(folded.text_content() or "") == message
     assert (page.locator("img").count(), page.title()) == (0, "datadivr console")
 
 
 def test_the_console_filters_messages_by_event(live: Live, page: Page, connect: Connect) -> None:
     client = connect()
-    watch(page, live.port)
+    open_console(page, live.port)
+    watch(page)
     for name in ("chat", "score", "chat"):
         ask(client, name, to="all")
     expect(messages(page)).to_have_count(3)
     field = page.get_by_label("Only events with")
-    field.fill("sco")
+    field.fill("SCO")
     expect(messages(page)).to_have_text([re.compile("score")])
     for _ in range(250):  # push out what is hidden, not what is looked for
         say(client, "chat", to="all")
@@ -9357,7 +9418,8 @@ def test_the_console_keeps_200_messages_the_newest_first(
     live: Live, page: Page, connect: Connect
 ) -> None:
     client = connect()
-    watch(page, live.port)
+    open_console(page, live.port)
+    watch(page)
     for n in range(230):
         say(client, f"m{n}", to="all")
     expect(messages(page).first).to_contain_text("m229 ")
@@ -9369,7 +9431,8 @@ def test_the_list_of_messages_holds_still_while_it_is_paused_or_read(
     live: Live, page: Page, connect: Connect
 ) -> None:
     client = connect()
-    watch(page, live.port)
+    open_console(page, live.port)
+    watch(page)
     ask(client, "first", to="all")
     messages(page).locator("summary").click()
     pause = page.get_by_label("Pause")
@@ -9385,7 +9448,8 @@ def test_the_list_of_messages_holds_still_while_it_is_paused_or_read(
 
 def test_the_console_sends_as_a_client(live: Live, page: Page, connect: Connect) -> None:
     client = connect()
-    watch(page, live.port)
+    open_console(page, live.port)
+    watch(page)
     page.get_by_label("Event name").fill("hint")
     page.get_by_label("Payload").fill('{"n": 12345678901234567890}')
     page.get_by_role("button", name="Send as a client").click()
@@ -9407,7 +9471,7 @@ def test_the_console_asks_for_a_client_token_once_it_is_refused(
     configure(client_token="for-clients")
     open_console(page, live.port)
     field = page.get_by_placeholder("Client token")
-    expect(page.get_by_text("Live", exact=True)).to_be_visible()
+    wait_until_live(page)
     expect(field).to_be_hidden()
     page.get_by_role("button", name="Watch").click()
     expect(page.get_by_text("Connection: refused")).to_be_visible()
@@ -9417,7 +9481,8 @@ def test_the_console_asks_for_a_client_token_once_it_is_refused(
 
 
 def test_who_signs_out_watches_no_more(live: Live, page: Page, connect: Connect) -> None:
-    watch(page, live.port)
+    open_console(page, live.port)
+    watch(page)
     ask(connect(), "chat", to="all")
     expect(messages(page)).to_have_count(1)
     page.get_by_role("button", name="Sign out").click()
@@ -9429,7 +9494,8 @@ def test_a_thousand_messages_a_second_do_not_hold_up_the_page(
     live: Live, page: Page, connect: Connect
 ) -> None:
     client = connect()
-    watch(page, live.port)
+    open_console(page, live.port)
+    watch(page)
     page.evaluate("""() => {
       window.tasks = [];
       const note = (list) => tasks.push(...list.getEntries().map(({ duration }) => duration));
@@ -9479,13 +9545,13 @@ def test_the_console_recovers_when_the_server_is_back(page: Page) -> None:
     with Process(*command) as first:
         first.wait_until_up()
         open_console(page, first.port)
-        expect(page.get_by_text("Live", exact=True)).to_be_visible()
+        wait_until_live(page)
     expect(
         page.get_by_text("The server does not answer. Trying again every second.")
     ).to_be_visible()
     with Process(*command, port=first.port) as second:
         wait_for_status(page, "The server is back.")
-        expect(page.get_by_text("Live", exact=True)).to_be_visible()
+        wait_until_live(page)
         with dial(f"ws://127.0.0.1:{second.port}/ws") as client:
             expect(rows(page)).to_contain_text(id_of(client))
 
@@ -9611,10 +9677,9 @@ def test_the_console_works_under_any_path(page: Page, registry: None) -> None:
     with Live(host) as live:
         for path in ("/console/", "/realtime/console", "/realtime/console/", "/mounted/console"):
             page.goto(f"http://127.0.0.1:{live.port}{path}#token={TOKEN}")
-            expect(page.get_by_text("Live", exact=True)).to_be_visible()
+            wait_until_live(page)
             assert page.url == f"http://127.0.0.1:{live.port}{path}"
-            page.get_by_role("button", name="Watch").click()
-            expect(page.get_by_text("Connection: open")).to_be_visible()
+            watch(page)
 
 
 def test_axe_finds_nothing(live: Live, connect: Connect, browser: Browser) -> None:
@@ -9652,8 +9717,7 @@ def test_axe_finds_nothing(live: Live, connect: Connect, browser: Browser) -> No
         page.get_by_label("Payload").fill("{oops")
         page.get_by_role("button", name="Send").click()
         expect(page.locator("[aria-invalid=true]")).to_have_count(1)
-        page.get_by_role("button", name="Watch").click()
-        expect(page.get_by_text("Connection: open")).to_be_visible()
+        watch(page)
         ask(connect(), "m", to="all")
         expect(messages(page)).to_have_count(1)
         assert violations(looks) == []
@@ -9663,44 +9727,6 @@ def test_axe_finds_nothing(live: Live, connect: Connect, browser: Browser) -> No
         page.route("**/*", lambda route: route.abort())
         expect(page.get_by_text("does not answer")).to_be_visible()
         assert violations(looks[::3]) == []
-
-
-def test_the_console_shows_rooms_and_finds_clients_by_them(
-    page: Page, live: Live, connect: Connect
-) -> None:
-    clients = [connect(), connect()]
-    ids = [id_of(client) for client in clients]
-    for room in ("garden", "user:ada"):
-        url = f"http://127.0.0.1:{live.port}/clients/{ids[1]}/rooms/{room}"
-        assert http.put(url, headers=ADMIN).status_code == 204
-    open_console(page, live.port)
-    expect(rows(page)).to_have_count(2)
-    expect(rows(page).nth(1)).to_contain_text("garden")
-    expect(rows(page).nth(1)).to_contain_text("user:ada")
-    page.get_by_role("searchbox").fill("user:ada")
-    expect(rows(page)).to_have_count(1)
-    expect(rows(page).first).to_contain_text(ids[1])
-
-
-def test_an_announcement_from_the_console_reaches_a_room(
-    page: Page, live: Live, connect: Connect
-) -> None:
-    member, stranger = connect(), connect()
-    url = f"http://127.0.0.1:{live.port}/clients/{id_of(member)}/rooms/garden"
-    assert http.put(url, headers=ADMIN).status_code == 204
-    open_console(page, live.port)
-    page.get_by_label("Event name").fill("news")
-    page.get_by_label(re.compile("^(To|Recipient)")).fill("#garden")
-    page.get_by_role("button", name="Send").click()
-    expect(page.get_by_text("reached")).to_have_text("“news” reached clients: 1.")
-    assert hear(member) == message_from("server", "news", "#garden")
-    assert hear_all(stranger) == []
-
-
-def test_a_node_that_knows_no_rooms_breaks_the_consoles_list_not(page: Page, live: Live) -> None:
-    fake_clients(page, [{"id": "1" * 36, "user": None}, {"id": "2" * 36, "user": "Ada"}])
-    open_console(page, live.port)
-    expect(rows(page)).to_have_count(2)
 
 
 mark_section("console")
