@@ -96,10 +96,9 @@ __version__ = "1.0.0"
 
 # ---- Settings and logging ------------------------------------------------------------------------
 
-# What both an Authorization header and a WebSocket subprotocol can carry (RFC 9110, 5.6.2). The
-# line feed at the end of many a file with a secret is not part of it.
-_TokenText = Annotated[str, Field(pattern=r"^[!#$%&'*+.^_`|~0-9A-Za-z-]+$")]
-_Token = Annotated[_TokenText, BeforeValidator(str.strip)]
+# What both an Authorization header and a WebSocket subprotocol can carry (RFC 9110, 5.6.2). A file
+# with a secret often ends with a line feed, which is not part of it.
+_Token = Annotated[str, Field(pattern=r"^[!#$%&'*+.^_`|~0-9A-Za-z-]+$"), BeforeValidator(str.strip)]
 
 
 def _normalise_origin(text: str) -> str:
@@ -125,11 +124,11 @@ class _Settings(BaseModel, alias_generator=lambda name: f"DATADIVR_{name.upper()
     admin_token: _Token | None = None  # of the admin API; without it a random one is made
     client_token: _Token | None = None  # clients must send it
     metrics_token: _Token | None = None  # /metrics asks for it, or for the admin token
-    allowed_origins: _Origins = ()  # of pages from elsewhere, separated by commas; "*" is any
+    allowed_origins: _Origins = ()  # of pages on other hosts, separated by commas; "*" is any
     max_message_bytes: _Positive = 1024 * 1024  # of one message, in UTF-8
     max_messages_per_second: _Limit = 0  # from one client; the server drops the rest
     max_clients: _Limit = 0  # connected at once
-    max_buffer_bytes: _Positive = 4 * 1024 * 1024  # unsent to one client; above it, it is dropped
+    max_buffer_bytes: _Positive = 4 * 1024 * 1024  # unsent to one client; more drops it
     compress_min_bytes: _Limit = 1024  # of a message that is compressed, once for all; 0 is none
     redis_url: Annotated[str, Field(pattern="^(rediss?|unix)://")] | None = None
     redis_prefix: str = "datadivr"  # of the channels' names: one for each installation
@@ -166,51 +165,48 @@ class _LastResort(logging.StreamHandler[Any]):
     written once, whenever the host configures `logging`.
     """
 
-    def __init__(self, takes_all: bool) -> None:
-        super().__init__(sys.stdout)
-        self._takes_all = takes_all
-        self._previous = logging.lastResort
-        # The default formatter of tracebacks shows local variables, and so payloads.
-        renderer: Any = structlog.dev.ConsoleRenderer(
-            colors=sys.stdout.isatty(), exception_formatter=structlog.dev.plain_traceback
-        )
-        if _settings().log_format == "json":
-            renderer = structlog.processors.JSONRenderer()
-        processors: list[Any] = [
-            lambda _, __, event: event | getattr(event["_record"], "datadivr", {}),
-            structlog.stdlib.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.stdlib.ProcessorFormatter.remove_processors_meta,
-            structlog.processors.format_exc_info,
-            lambda _, __, event: {
-                name: _escape(value) if name == "exception" else value
-                for name, value in event.items()
-            },
-            renderer,
-        ]
-        self.setFormatter(structlog.stdlib.ProcessorFormatter(processors=processors))
+    takes_all = False  # while it is False, `previous` takes the records of other loggers
+    previous = logging.lastResort
 
     def handle(self, record: logging.LogRecord) -> Any:
-        if self._takes_all or record.name == "datadivr":
+        if self.takes_all or record.name == "datadivr":
             return super().handle(record)
-        if self._previous is not None and record.levelno >= self._previous.level:
-            return self._previous.handle(record)
+        if self.previous is not None and record.levelno >= self.previous.level:
+            return self.previous.handle(record)
         return False
 
 
 @cache
 def _last_resort() -> _LastResort:
     """Put the handler of last resort in place; in JSON, have it write all lines of the process."""
-    is_configured = structlog.is_configured() or logging.getLogger().handlers
-    is_json = _settings().log_format == "json" and not is_configured
-    handler = logging.lastResort = _LastResort(takes_all=is_json)
-    if is_json:
+    is_json = _settings().log_format == "json"
+    renderer: Any = structlog.processors.JSONRenderer()
+    if not is_json:
+        # Its default formatter of tracebacks shows local variables, and so payloads.
+        renderer = structlog.dev.ConsoleRenderer(
+            colors=sys.stdout.isatty(), exception_formatter=structlog.dev.plain_traceback
+        )
+    format_exception = logging.Formatter().formatException
+    processors: list[Any] = [
+        lambda _, __, event: event | getattr(event["_record"], "datadivr", {}),
+        structlog.stdlib.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+        structlog.processors.ExceptionRenderer(
+            lambda exc_info: _escape(format_exception(exc_info))
+        ),
+        renderer,
+    ]
+    handler = logging.lastResort = _LastResort(sys.stdout)
+    handler.setFormatter(structlog.stdlib.ProcessorFormatter(processors=processors))
+    if is_json and not structlog.is_configured() and not logging.getLogger().handlers:
+        handler.takes_all = True
         # `logging.captureWarnings` would add a handler that hides them.
         warnings.showwarning = cast(Any, _log_warning)
-        loggers = (logging.getLogger(name) for name in ("uvicorn", "uvicorn.access"))
-        for uvicorns in itertools.chain.from_iterable(logger.handlers for logger in loggers):
-            if type(uvicorns.formatter).__module__ == "uvicorn.logging":  # not its user's
-                uvicorns.setFormatter(handler.formatter)
+        for name in ("uvicorn", "uvicorn.access"):
+            for uvicorns in logging.getLogger(name).handlers:
+                if type(uvicorns.formatter).__module__ == "uvicorn.logging":  # not its user's
+                    uvicorns.setFormatter(handler.formatter)
     return handler
 
 
@@ -219,21 +215,12 @@ def _log_warning(message: Any, category: Any, filename: str, lineno: int, *_: An
     logging.getLogger("py.warnings").warning("%s", text.strip())
 
 
-@cache
-def _registered_logger() -> logging.Logger:
-    logger = logging.getLogger("datadivr")
-    if logger.level == logging.NOTSET:
-        logger.setLevel(_settings().log_level)
-    _last_resort()
-    return logger
-
-
-def _escape(text: str) -> str:
-    """Escape control characters, but for line feeds: a text may go to a terminal."""
-    if text.isprintable():
-        return text
+def _escape(value: Any) -> Any:
+    """Escape a text's control characters, but for line feeds: it may go to a terminal."""
+    if not isinstance(value, str) or value.isprintable():
+        return value
     return "".join(
-        char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text
+        char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in value
     )
 
 
@@ -243,27 +230,27 @@ def _log(level: str, event: str, exc_info: BaseException | None = None, **fields
     Formatters of `logging` get a line of text; the fields are in the record's `datadivr`.
     """
     line = " ".join([event, *(f"{name}={value!r}" for name, value in fields.items())])
-    for name, value in fields.items():
-        fields[name] = _escape(value) if isinstance(value, str) else value
+    fields = {name: _escape(value) for name, value in fields.items()}
     with suppress(Exception):  # a log that cannot be written must not cost a client its connection
         if structlog.is_configured():
-            exception = {"exc_info": exc_info} if exc_info is not None else {}
-            getattr(structlog.get_logger("datadivr"), level)(event, **fields, **exception)
+            if exc_info is not None:
+                fields["exc_info"] = exc_info
+            getattr(structlog.get_logger("datadivr"), level)(event, **fields)
             return
-        # `dictConfig` disables the loggers that it finds. It does not find this one, which has the
-        # level and the handlers of the registered one.
-        logger = logging.Logger("datadivr")
-        logger.parent = _registered_logger()
-        number = logging.getLevelNamesMapping()[level.upper()]
+        logger = logging.getLogger("datadivr")
+        if logger.level == logging.NOTSET:
+            logger.setLevel(_settings().log_level)
+        logger.disabled = False  # `dictConfig` disables the loggers that it finds
+        _last_resort()
         extra = {"datadivr": {"event": event, **fields}}
-        logger.log(number, "%s", line, exc_info=exc_info, extra=extra)
+        getattr(logger, level)("%s", line, exc_info=exc_info, extra=extra)
 
 
 _logged_at: dict[tuple[str, object], float] = {}
 
 
 def _warn(event: str, level: str = "warning", **fields: Any) -> None:
-    """Log what anybody can bring about: once a minute at its level, otherwise for DEBUG."""
+    """Log what any client can cause: once a minute at its level, otherwise at DEBUG."""
     key = event, fields.get("event_name")  # one handler's faults must not hide another's
     now = time.monotonic()
     if now - _logged_at.get(key, -math.inf) < 60:
@@ -275,7 +262,7 @@ def _warn(event: str, level: str = "warning", **fields: Any) -> None:
 
 @cache
 def _check_environment() -> None:
-    """Warn of what is probably wrong in the settings, once."""
+    """Warn once of settings that are probably wrong."""
     settings = _settings()
     variables = [str(field.alias) for field in _Settings.model_fields.values()]
     for variable in os.environ.keys() - set(variables):
@@ -284,7 +271,7 @@ def _check_environment() -> None:
     if settings.max_buffer_bytes < settings.max_message_bytes:
         hint = "DATADIVR_MAX_BUFFER_BYTES should be at least DATADIVR_MAX_MESSAGE_BYTES"
         _log("warning", "small_buffer", hint=hint)
-    is_reloaded = {"--reload", "dev"} & set(sys.argv)  # it is one process, and a child
+    is_reloaded = {"--reload", "dev"} & set(sys.argv)  # one server, as another process's child
     is_worker = multiprocessing.parent_process() is not None and not is_reloaded
     has_workers = os.environ.get("WEB_CONCURRENCY", "1") != "1"
     is_gunicorns = os.environ.get("SERVER_SOFTWARE", "").startswith("gunicorn")
@@ -304,7 +291,7 @@ _ERROR_TYPES = (
 
 
 def _declare(kind: type[_MetricT], name: str, text: str, *labels: str, **options: Any) -> _MetricT:
-    """Register a metric, or share that of a second copy of this file, or of its reload."""
+    """Register a metric, or return the one that another copy or load of this file registered."""
     registered: dict[str, Any] = getattr(REGISTRY, "_names_to_collectors", {})
     return registered.get(f"datadivr_{name}") or kind(f"datadivr_{name}", text, labels, **options)
 
@@ -320,9 +307,7 @@ _errors_total = _declare(Counter, "errors_total", "Errors.", "type")
 _unsent_bytes_max = _declare(
     Gauge, "unsent_bytes_max", "Bytes unsent to the slowest client.", multiprocess_mode="livemax"
 )
-_build_info = _declare(
-    Gauge, "build_info", "1, by version.", "version", multiprocess_mode="livemax"
-)
+_build_info = _declare(Gauge, "build_info", "Version.", "version", multiprocess_mode="livemax")
 _build_info.labels(__version__).set(1)
 _handler_seconds = _declare(Histogram, "handler_seconds", "Seconds in a handler.", "event_name")
 
@@ -338,7 +323,7 @@ def _collect_metrics() -> CollectorRegistry:
     folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
     if not folder:
         return REGISTRY
-    # A worker that was killed leaves its gauges. (On Windows `os.kill` would stop a live one.)
+    # A killed worker leaves its gauges. (On Windows, `os.kill` would stop a live worker.)
     for path in Path(folder).glob("gauge_live*_[0-9]*.db") if os.name == "posix" else ():
         with suppress(PermissionError):  # it runs, as another user
             try:
@@ -547,10 +532,10 @@ def websocket_handler(
 
     The function takes a `WebSocketMessage` and returns one, which goes to its `to`, or None. A
     coroutine function runs in the event loop and must not block it. A plain function runs in one
-    of AnyIO's 40 threads. `$connect` and `$disconnect` are the events of a client that came or
-    went; `$default` is any event without a handler of its own. A function whose parameter is
-    annotated `WebSocketMessage[type]` runs for such payloads alone; for others the sender gets an
-    `invalid_payload`. An HTTPException that it raises goes to the sender as a `refused`.
+    of AnyIO's 40 threads. A client that connects or leaves has the event `$connect` or
+    `$disconnect`; `$default` is any event without a handler of its own. A function whose parameter
+    is annotated `WebSocketMessage[type]` runs for such payloads alone; for others the sender gets
+    an `invalid_payload`. If it raises an HTTPException, the sender gets a `refused`.
 
     Raises:
         TypeError: it is written without parentheses, or the function does not take one message.
@@ -581,9 +566,7 @@ def websocket_handler(
 
 def _runs_in_loop(handler: _Handler) -> bool:
     """Tell whether a handler is a coroutine function; TypeError if it is a generator function."""
-    function: Any = handler
-    while isinstance(function, partial):
-        function = function.func
+    function: Any = handler.func if isinstance(handler, partial) else handler
     if not inspect.isroutine(function):
         function = type(function).__call__
     if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
@@ -592,7 +575,7 @@ def _runs_in_loop(handler: _Handler) -> bool:
 
 
 def _find_validate(handler: _Handler) -> _Validate | None:
-    """Return what makes a handler's messages of JSON; None where it takes them as they came."""
+    """Return the function that parses a handler's messages; None if it takes any message."""
     name = _name_of(handler)
     try:
         called = inspect.signature(handler, follow_wrapped=False)
@@ -657,7 +640,7 @@ async def _run_handler(
 
 
 async def handle_msg(message: WebSocketMessage) -> WebSocketMessage | None:
-    """Run a message's handler and return its answer; without a handler, the message is that.
+    """Run a message's handler and return its answer; without a handler, return the message.
 
     Raises:
         InvalidMessageFormat: the payload is not of the type that the handler's annotation names.
@@ -718,7 +701,7 @@ def _frame(payload: bytes, first: int = _TEXT) -> bytes:
 
 
 def _frame_compressed(payload: bytes) -> bytes:
-    """Frame a payload, compressed without the context of those before it (RFC 7692, 7.2.1)."""
+    """Frame a payload, compressed without the context of earlier payloads (RFC 7692, 7.2.1)."""
     if len(payload) >= _settings().compress_min_bytes:
         compressor = zlib.compressobj(1, wbits=-_WINDOW_BITS)
         compressed = compressor.compress(payload) + compressor.flush(zlib.Z_SYNC_FLUSH)
@@ -742,14 +725,14 @@ _CLOSE_REASONS = {1009: "message_too_big", 1011: "keepalive", 1012: "server_stop
 class _UvicornConnection:
     """Carries frames to a client of uvicorn's WebSocket protocol, through its asyncio transport.
 
-    Nothing else in this file touches what is private to uvicorn and websockets. Where a part of it
-    is missing, the constructor raises AttributeError before it has changed anything.
+    Nothing else in this file touches private parts of uvicorn and websockets. If one is missing,
+    the constructor raises AttributeError before it has changed anything.
     """
 
-    __slots__ = ("_protocol", "framing", "is_closing", "unsent", "write")
+    __slots__ = ("_protocol", "framing", "is_closing", "receive", "unsent", "write")
 
-    # What is used later of uvicorn's protocol (0.50 to 0.54), its transport, and its connection,
-    # which is websockets' (13 to 17).
+    # The parts of uvicorn's protocol (0.50 to 0.54), its transport, and its connection, which is
+    # websockets' (13 to 17), that this class uses.
     _look_at_parts = attrgetter(
         *("receive", "read_paused", "writable", "close_sent", "shutdown", "handshake_complete"),
         *("transport.is_closing", "transport.get_write_buffer_size", "transport.write"),
@@ -764,6 +747,7 @@ class _UvicornConnection:
         size = "max_message_size" if hasattr(connection, "max_message_size") else "max_size"
         largest = getattr(connection, size)  # websockets before 16 has the second name
         self._protocol = protocol
+        self.receive: Callable[[], Awaitable[Message]] = protocol.receive
         # Bound, since a flush calls them for every client. uvloop raises where a transport that
         # is closing is asked what is unsent, or written to.
         self.is_closing: Callable[[], bool] = protocol.transport.is_closing
@@ -787,19 +771,15 @@ class _UvicornConnection:
 
         uvicorn answers pings past this file, and would keep an answer to each in memory.
         """
+        _resume(protocol)  # which raises where a part is missing, before anything is changed
         protocol.pause_writing = MethodType(_pause, protocol)
         protocol.resume_writing = MethodType(_resume, protocol)
         limit = _settings().max_buffer_bytes
         protocol.transport.set_write_buffer_limits(limit, limit)
-        _resume(protocol)
-
-    def receive(self) -> Awaitable[Message]:
-        message: Awaitable[Message] = self._protocol.receive()
-        return message
 
     def close(self, code: int, reason: str) -> None:
-        # websockets must know of it, or it answers the client's close frame with a second one, at
-        # which browsers say 1006; and so must uvicorn's stop, which would send one of its own.
+        # Without this, websockets would answer the client's close frame with a second one, after
+        # which browsers report 1006, and uvicorn's stop would send one of its own.
         connection = self._protocol.conn
         if connection.close_sent is None:
             connection.send_close(code, reason)
@@ -810,21 +790,21 @@ class _UvicornConnection:
         self._protocol.transport.abort()
 
     def close_reason(self) -> str:
-        """Return why the connection ended, unless it was this file that closed it."""
+        """Return why the connection ended, if this file did not close it."""
         close_sent = self._protocol.conn.close_sent
         if close_sent is None or self._protocol.conn.close_rcvd_then_sent:
             return "client"
         return _CLOSE_REASONS.get(close_sent.code, "client")
 
     def mark_closed(self, websocket: WebSocket) -> None:
-        """Tell uvicorn that it is closed: its stop would send a frame after the client's own."""
+        """Tell uvicorn of the close, or its stop sends a frame after the client's close frame."""
         self._protocol.close_sent = True
         # As its own `receive` and `close` would.
         websocket.client_state = websocket.application_state = WebSocketState.DISCONNECTED
 
     @staticmethod
     def mark_refused(receive: Receive) -> None:
-        """Say that a handshake was answered, or uvicorn logs an error for each refused client."""
+        """Tell uvicorn that a handshake was answered, or it logs an error for each refusal."""
         protocol: Any = getattr(receive, "__self__", None)
         if getattr(protocol, "initial_response", None):
             protocol.handshake_complete = True
@@ -842,7 +822,7 @@ def _resume(protocol: Any) -> None:
 
 
 class _AsgiConnection:
-    """Carries frames to a client of any other server, by ASGI's `send` in a task for each client."""
+    """Carries frames to a client of any other server: a task of its own calls ASGI's `send`."""
 
     def __init__(self, websocket: WebSocket, protocol: Any) -> None:
         self.framing: _Framing = _end_line
@@ -853,7 +833,6 @@ class _AsgiConnection:
         self._end: Message = {}  # the server's last event
         self._queue: asyncio.Queue[bytes | tuple[int, str]] = asyncio.Queue()
         self._receiving: asyncio.Future[Message] = asyncio.Future()
-        self._draining: asyncio.Future[None] = asyncio.Future()
         self._writer = asyncio.create_task(self._write_queue())
         self.is_closing: Callable[[], bool] = self._writer.done
 
@@ -894,10 +873,10 @@ class _AsgiConnection:
 
     def mark_closed(self, _: WebSocket) -> None:
         self._writer.cancel()
-        self._draining = asyncio.ensure_future(self._drain())
+        self._draining = asyncio.create_task(self._drain())
 
     async def _drain(self) -> None:
-        """Read what nobody will look at: hypercorn 0.18 cannot close before it has passed it on."""
+        """Read and ignore messages: hypercorn 0.18 cannot close before it has passed them on."""
         with suppress(TimeoutError, RuntimeError):  # which receive raises once the client has gone
             async with asyncio.timeout(_CLOSE_SECONDS):
                 while True:
@@ -925,15 +904,13 @@ def _open_connection(websocket: WebSocket) -> _UvicornConnection | _AsgiConnecti
         server = type(protocol).__module__ if protocol is not None else receive.__module__
         hint = "full speed needs uvicorn's default WebSocket protocol, and its `receive` unwrapped"
         _warn("fanout_through_asgi", server=server, error=repr(error), hint=hint)
-    if hasattr(protocol, "writable") and hasattr(protocol, "read_paused"):  # --ws wsproto
-        with suppress(Exception):
-            _UvicornConnection.pause_reading_while_unsent(protocol)
+    with suppress(Exception):  # uvicorn's protocol for --ws wsproto has what this takes
+        _UvicornConnection.pause_reading_while_unsent(protocol)
     return _AsgiConnection(websocket, protocol)
 
 
 # ---- Clients -------------------------------------------------------------------------------------
 
-_NO_ROOMS: frozenset[str] = frozenset()
 _ONLY_EVERYBODYS = frozenset({""})
 _CLIENT_ID = re.compile(r"([0-9a-f]{8})-[0-9a-f]{4}-8[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
 
@@ -955,7 +932,7 @@ class Client:
     connection: _UvicornConnection | _AsgiConnection
     task: asyncio.Task[Any]  # that serves it; to ask for the current one is a system call
     heard: frozenset[str] = _ONLY_EVERYBODYS  # its rooms; "" is everybody's
-    silent_in: frozenset[str] = _NO_ROOMS  # rooms to which it may not send
+    silent_in: frozenset[str] = frozenset()  # rooms to which it may not send
     messages_received: int = 0
     messages_sent: int = 0  # to it
     removed_because: str = ""  # a reason that the metrics count, once it is removed
@@ -1002,10 +979,7 @@ class _Clients(dict[str, Client]):
         return self.connected(client_id) or self.left[client_id.lower()]
 
     def get(self, client_id: str, default: Any = None) -> Any:
-        try:
-            return self[client_id]
-        except KeyError:
-            return default
+        return self.connected(client_id) or self.left.get(client_id.lower(), default)
 
     def connected(self, client_id: str) -> Client | None:
         return super().get(client_id.lower())
@@ -1658,12 +1632,12 @@ def _make_client(websocket: WebSocket) -> Client:
     task = cast("asyncio.Task[Any]", asyncio.current_task())
     connection = _open_connection(websocket)
     client = Client(client_id, _hub.node, address, now, websocket, connection, task)
-    setattr(websocket, "close", MethodType(_close, client))
+    object.__setattr__(websocket, "close", MethodType(_close, client))
     return client
 
 
 async def _close(client: Client, code: int = 1000, reason: str | None = None) -> None:
-    """Close a client as its handler wants it: no frame may follow the close frame (RFC 6455, 5.5.1)."""
+    """Close a client for a handler: no frame may follow the close frame (RFC 6455, 5.5.1)."""
     _hub.remove(client, "client", code, reason or "")
 
 
@@ -1949,7 +1923,7 @@ async def _show_admin_token(serving: FastAPI) -> AsyncIterator[None]:
     yield
 
 
-# What the OpenAPI document says of answers that are raised, and of the body that is read by hand.
+# For the OpenAPI document: errors that are raised, and a body that FastAPI does not read.
 _DETAIL: dict[str, Any] = {"model": dict[str, Any]}
 _BODY = {"schema": Announcement.model_json_schema(), "example": {"event_name": "news"}}
 _FIND_REFUSALS: dict[int | str, Any] = {404: _DETAIL, 503: _DETAIL}
@@ -1988,11 +1962,11 @@ async def list_clients(
     )
 
 
-@_admin.get("/clients/{client_id}", response_model=ClientInfo, responses=_FIND_REFUSALS)
-async def _get_client(client_id: str) -> Any:
+@_admin.get("/clients/{client_id}", responses=_FIND_REFUSALS)
+async def _get_client(client_id: str) -> ClientInfo:
     """Describe one connected client."""
     answers, _ = await _query_nodes("get", client_id)
-    return answers[0]
+    return ClientInfo(**answers[0])
 
 
 @_admin.delete("/clients/{client_id}", status_code=204, responses=_FIND_REFUSALS)
@@ -2007,10 +1981,10 @@ async def disconnect_client(client_id: str) -> None:
 
 @_admin.put("/clients/{client_id}/rooms/{room}", status_code=204, responses=_FIND_REFUSALS)
 async def join_room(client_id: str, room: _RoomName, listen_only: bool = False) -> None:
-    """Have a client of any node get what is sent to `#` and the room's name, and send to it.
+    """Put a client of any node into a room: it gets the room's messages, and may send there.
 
-    With `listen_only` it may not send to it. The client is in the room until `leave_room`, or
-    until it goes. A room needs not be made. To join again changes `listen_only` alone.
+    With `listen_only` it may not send there. The client is in the room until `leave_room`, or
+    until it leaves. Rooms need no setup. To join again changes `listen_only` alone.
 
     Raises:
         ValueError: `room` is not a room's name: 1 to 100 characters without white space, control
@@ -2029,11 +2003,10 @@ async def leave_room(client_id: str, room: _RoomName) -> None:
 @_admin.post(
     "/messages",
     status_code=202,
-    response_model=Recipients,
     responses=dict.fromkeys((400, 404, 413, 422, 503), _DETAIL),
     openapi_extra={"requestBody": {"required": True, "content": {"application/json": _BODY}}},
 )
-async def _post_message(request: Request) -> Any:
+async def _post_message(request: Request) -> Recipients:
     """Send a message to all clients, to a room, or to one client."""
     body = bytearray()
     limit = _settings().max_message_bytes
@@ -2042,9 +2015,8 @@ async def _post_message(request: Request) -> Any:
         async for chunk in request.stream():
             body += chunk
             if len(body) > limit:
-                raise HTTPException(
-                    413, f"The limit is {limit} bytes (DATADIVR_MAX_MESSAGE_BYTES)."
-                )
+                text = f"The limit is {limit} bytes (DATADIVR_MAX_MESSAGE_BYTES)."
+                raise HTTPException(413, text)
         announcement = Announcement.model_validate_json(body)
     except ClientDisconnect:
         raise HTTPException(400, "The body ended early.") from None
@@ -2052,9 +2024,9 @@ async def _post_message(request: Request) -> Any:
         details = error.errors(include_url=False, include_input=False, include_context=False)
         faults = [{**detail, "loc": ("body", *detail["loc"])} for detail in details]
         raise RequestValidationError(faults) from None
-    text = _encode(WebSocketMessage(**dict(announcement))).decode()
-    counts, partial = await _query_nodes("publish", announcement.to, text)
-    return {"recipients": sum(counts), "partial": partial}
+    message = _encode(WebSocketMessage(**dict(announcement))).decode()
+    counts, partial = await _query_nodes("publish", announcement.to, message)
+    return Recipients(recipients=sum(counts), partial=partial)
 
 
 @router.head("/metrics", include_in_schema=False)
@@ -2089,7 +2061,7 @@ async def _get_health(response: Response) -> dict[str, str]:
     return {"status": "ok"}
 
 
-# By name: the files at the end of this one, which a reader need not pass.
+# By name. They stand at the end of this file, where they are in no reader's way.
 _files: dict[str, str] = {}
 
 
@@ -2145,17 +2117,19 @@ async def _answer_refusal(connection: Any, error: Any) -> Any:
 class App(FastAPI):
     """A FastAPI application that serves clients of `/ws` without FastAPI's own stack.
 
-    An idle client then takes 20 KB and not 32. Where somebody has added something that a client
-    passes through on its way, the ordinary stack serves. What wraps the whole application sees
-    these clients in both cases.
+    An idle client then takes 20 KB and not 32. If the host adds something that a client passes
+    through, FastAPI's stack serves. A wrapper of the whole application sees clients in both cases.
     """
 
     def build_middleware_stack(self) -> ASGIApp:
         stack = super().build_middleware_stack()
 
         async def serve(scope: Scope, receive: Receive, send: Send) -> None:
-            is_websocket = scope["type"] == "websocket"
-            if is_websocket and _is_ws_path(scope) and not self._has_additions():
+            if scope["type"] != "websocket":
+                await stack(scope, receive, send)
+                return
+            path = scope["path"].removeprefix(scope.get("root_path", "")).removesuffix("/")
+            if path == "/ws" and not self._has_additions():
                 websocket = WebSocket(scope, receive, send)
                 host = getattr(scope.get("router"), "dependency_overrides_provider", self)
                 if authorize_client in host.dependency_overrides:  # and this one is mounted there
@@ -2166,27 +2140,21 @@ class App(FastAPI):
                     await _answer_refusal(websocket, error)
             else:
                 await stack(scope, receive, send)
-                has_no_endpoint = isinstance(scope.get("endpoint"), StaticFiles | None)
-                if is_websocket and has_no_endpoint:
+                if isinstance(scope.get("endpoint"), StaticFiles | None):  # no route serves it
                     _warn("no_such_path", path=scope["path"], hint="clients connect to /ws")
             _UvicornConnection.mark_refused(receive)
 
         return serve
 
     def _has_additions(self) -> bool:
-        """Tell whether somebody has added what a client of `/ws` passes through in the stack."""
-        has_routes_before = (
-            self.router.routes[: len(_APP_ROUTES)] != _APP_ROUTES
+        """Tell whether a host has added something that a client of `/ws` passes through."""
+        return bool(
+            self.user_middleware
+            or self.dependency_overrides
+            or self.exception_handlers != _EXCEPTION_HANDLERS
+            or self.router.routes[: len(_APP_ROUTES)] != _APP_ROUTES
             or router.routes[: len(_ROUTER_ROUTES)] != _ROUTER_ROUTES
         )
-        has_own_handlers = self.exception_handlers != _EXCEPTION_HANDLERS
-        has_wrappers = bool(self.user_middleware or self.dependency_overrides)
-        return has_wrappers or has_routes_before or has_own_handlers
-
-
-def _is_ws_path(scope: Scope) -> bool:
-    path: str = scope["path"]
-    return path.removeprefix(scope.get("root_path", "")).removesuffix("/") == "/ws"
 
 
 _DESCRIPTION = """
@@ -2208,7 +2176,7 @@ _APP_ROUTES, _ROUTER_ROUTES = list(app.router.routes), list(router.routes)
 _EXCEPTION_HANDLERS = dict(app.exception_handlers)
 
 # Code written for the package that this file implements imports `datadivr.transport.server` and the
-# like. Run as a program, this is known under its own name too, or to import it made a second copy.
+# like. A file that runs as a program needs its own name too, or importing it makes a second copy.
 if __name__ in sys.modules:
     _name = __spec__.name if __spec__ else Path(__file__).stem
     _module = sys.modules[_name] = sys.modules[__name__]
@@ -2226,17 +2194,13 @@ class _Line(NamedTuple):
     """Text for one node, or for "all"; without text it is a probe."""
 
     node: str
-    text: bytes
-    reply_to: str  # the client that gets an error where no node hears it; "" is none
-    heard_by: asyncio.Future[int | None] | None  # how many nodes; None where the line is lost
+    text: bytes  # without a line feed: JSON has none, and `_check_to` lets none into a room's name
+    tell: Callable[[int | None], object] = lambda _: None  # how many nodes hear it; None: lost
 
     def finish(self, nodes: int | None) -> None:
         if nodes is None and self.text:
             _errors_total.labels("redis").inc()
-        if nodes == 0 and self.reply_to:
-            _send_unknown_recipient(self.reply_to, self.text.split(b" ", 2)[2])
-        if self.heard_by is not None and not self.heard_by.done():
-            self.heard_by.set_result(nodes)
+        self.tell(nodes)
 
 
 class _RedisNodes(_OtherNodes):
@@ -2252,12 +2216,12 @@ class _RedisNodes(_OtherNodes):
         answer NUMBER ...                what that returned, in JSON
     """
 
-    def __init__(self, url: str) -> None:
-        try:  # so configured, redis-py repeats nothing, and raises the first error
-            retry: Any = import_module("redis.asyncio.retry").Retry
-            backoff: Any = import_module("redis.backoff").NoBackoff
-            options: dict[str, Any] = {"retry": retry(backoff(), 0), "decode_responses": False}
-            options |= {"protocol": 2, "encoding": "utf-8", "socket_timeout": _LOST_SECONDS}
+    def __init__(self) -> None:
+        url = str(_settings().redis_url)
+        # So configured, redis-py repeats nothing, and raises the first error.
+        options: dict[str, Any] = {"retry": None, "protocol": 2, "socket_timeout": _LOST_SECONDS}
+        options |= {"encoding": "utf-8", "decode_responses": False}
+        try:
             if options.keys() & parse_qs(urlsplit(url).query).keys():
                 raise ValueError  # redis-py would take the URL's
             self._redis: Any = import_module("redis.asyncio").Redis.from_url(url, **options)
@@ -2270,46 +2234,42 @@ class _RedisNodes(_OtherNodes):
             raise ValueError(f"DATADIVR_REDIS_URL: {text}") from None
         database = self._redis.connection_pool.connection_kwargs.get("db") or 0
         self._prefix = f"{_settings().redis_prefix}:{database}"  # channels are of all databases
-        self._answers: dict[int, asyncio.Queue[Any]] = {}  # by the number of what was asked
+        self._answers: dict[int, asyncio.Queue[Any]] = {}  # by the number of the question
         self._up = _declare(Gauge, "redis_up", "Whether Redis is up.", multiprocess_mode="livemin")
 
     def start(self) -> None:
         self._node = _hub.node
-        self._loop = _hub.loop
         self._is_lost = False  # nor is it known at first whether Redis is there
         self._waiting: list[_Line] = []  # until they are published
         self._waiting_bytes = 0
         self._has_waiting = asyncio.Event()
-        self._task: asyncio.Task[None] = self._loop.create_task(self._run())
+        self._task: asyncio.Task[None] = _hub.loop.create_task(self._run())
 
     async def wait_until_known(self) -> None:
         if self._task.done():  # a lifespan has ended before in this event loop
             self.start()
-        await self._barrier()
+        await self._publish_line(self._node)
 
     async def stop(self) -> None:
-        with suppress(TimeoutError):
-            await asyncio.wait_for(self._barrier(), 1)
+        with suppress(TimeoutError):  # what waits is published first
+            await asyncio.wait_for(self._publish_line(self._node), 1)
         while not self._task.done():  # before Python 3.13 a TaskGroup may swallow a cancel
             self._task.cancel()
             await asyncio.wait([self._task], timeout=0.1)
         self._is_lost = True
         await self._redis.aclose()
 
-    async def _barrier(self) -> None:
-        """Wait until all that was published has been taken by Redis, or is lost."""
-        heard_by = self._loop.create_future()
-        self._add(self._node, b"", heard_by=heard_by)
-        await heard_by
-
     def publish(self, to: str, message: bytes, reply_to: str = "") -> None:
+        def reply(nodes: int | None) -> None:
+            if nodes == 0 and reply_to:
+                _send_unknown_recipient(reply_to, message)
+
         node = self._find_node(to)
         if node is None:
-            super().publish(to, message, reply_to)
+            reply(0)
         else:
-            # A line has no line feed: JSON has none, and `_check_to` lets none into a room's name.
             words = f"{to if node == 'all' else to.lower()} {reply_to or '-'} "
-            self._add(node, words.encode() + message, reply_to)
+            self._add(_Line(node, words.encode() + message, reply))
 
     async def query(self, request: Sequence[Any]) -> tuple[list[Any], bool]:
         node = self._find_node(request[1])
@@ -2317,13 +2277,10 @@ class _RedisNodes(_OtherNodes):
             return [], False
         number = secrets.randbits(32)
         queue = self._answers[number] = asyncio.Queue()
-        heard_by: asyncio.Future[int | None] = self._loop.create_future()
         answers: list[Any] = []
         try:
             async with asyncio.timeout(1):
-                text = f"ask {number} {json.dumps(request)}"
-                self._add(node, text.encode(), heard_by=heard_by)
-                nodes = await heard_by
+                nodes = await self._publish_line(node, f"ask {number} {json.dumps(request)}")
                 expected = (nodes or 0) - (1 if node == "all" else 0)  # all but this one
                 while len(answers) < expected:
                     answers.append(await queue.get())
@@ -2333,6 +2290,12 @@ class _RedisNodes(_OtherNodes):
         finally:
             del self._answers[number]
 
+    async def _publish_line(self, node: str, text: str = "") -> int | None:
+        """Publish a line behind those that wait; return how many nodes hear it; None: lost."""
+        hearers: asyncio.Queue[int | None] = asyncio.Queue()
+        self._add(_Line(node, text.encode(), hearers.put_nowait))
+        return await hearers.get()
+
     def _find_node(self, to: str) -> str | None:
         """Return the other node, or all, that something is for; None if there is no such node."""
         if to in _EVERYBODY or to.startswith("#"):
@@ -2340,18 +2303,9 @@ class _RedisNodes(_OtherNodes):
         named = _CLIENT_ID.fullmatch(to.lower())
         return named[1] if named and named[1] != self._node else None
 
-    def _add(
-        self,
-        node: str,
-        text: bytes,
-        reply_to: str = "",
-        heard_by: asyncio.Future[Any] | None = None,
-    ) -> None:
+    def _add(self, line: _Line) -> None:
         """Publish a line, with the others of this turn, unless it is lost."""
-        if b"\n" in text:
-            raise ValueError(f"expected a line, got {text[:100]!r}")
-        line = _Line(node, text, reply_to, heard_by)
-        size = self._waiting_bytes + len(text)
+        size = self._waiting_bytes + len(line.text)
         if self._is_lost or (self._waiting and size > _settings().max_buffer_bytes):
             line.finish(None)
         else:
@@ -2367,32 +2321,25 @@ class _RedisNodes(_OtherNodes):
                     await self._join(pubsub)
                     tasks.create_task(self._listen(pubsub))
                     tasks.create_task(self._publish_waiting())
-                    tasks.create_task(self._probe())
+                    while True:  # a NAT or load balancer would forget a connection that is silent
+                        self._add(_Line(self._node, b""))
+                        await asyncio.sleep(1)
             except* Exception as errors:
                 for line in self._waiting:
                     line.finish(None)
                 self._waiting, self._waiting_bytes = [], 0
                 if not self._is_lost:
-                    error = errors.exceptions[0]
-                    text = f"{type(error).__name__}: {error}"
                     hint = "until DATADIVR_REDIS_URL works, this node serves its own clients alone"
                     _errors_total.labels("redis").inc()
-                    _log(
-                        "warning",
-                        "redis_lost",
-                        error=text,
-                        hint=hint,
-                    )
+                    _log("warning", "redis_lost", error=repr(errors.exceptions[0]), hint=hint)
                 self._is_lost = True
                 self._up.set(0)
             await asyncio.sleep(0.1)
 
     async def _join(self, pubsub: Any) -> None:
         async with asyncio.timeout(_LOST_SECONDS):
-            info = await self._redis.info()
-            if info.get("role") != "master" or info.get(
-                "cluster_enabled"
-            ):  # a Sentinel has no role
+            info = await self._redis.info()  # a Sentinel has no role in it
+            if info.get("role") != "master" or info.get("cluster_enabled"):
                 raise ConnectionError("expected a primary, and no replica, Sentinel or Cluster")
             channels = [f"{self._prefix}:{node}" for node in ("all", self._node)]
             await pubsub.subscribe(*channels)
@@ -2403,33 +2350,22 @@ class _RedisNodes(_OtherNodes):
         self._up.set(1)
         _log("info", "redis_joined", node=self._node)
 
-    async def _probe(self) -> None:
-        """Publish an empty line to this node each second.
-
-        It shows that Redis is there, and keeps both connections alive in a NAT or load balancer.
-        """
-        while True:
-            self._add(self._node, b"")
-            await asyncio.sleep(1)
-
     async def _publish_waiting(self) -> None:
         """Publish what waits in one pipeline; what comes meanwhile waits for the next."""
         while True:
             await self._has_waiting.wait()
             self._has_waiting.clear()
-            by_node = itertools.groupby(self._waiting, lambda line: line.node)
-            groups = [(node, list(lines)) for node, lines in by_node]
+            by_node = itertools.groupby(self._waiting, attrgetter("node"))
+            groups = [list(lines) for _, lines in by_node]
             pipeline = self._redis.pipeline(transaction=False)
-            for node, lines in groups:
-                channel = f"{self._prefix}:{node}"
-                data = b"\n".join((self._node.encode(), *(line.text for line in lines)))
-                pipeline.publish(channel, data)
+            for lines in groups:
+                channel = f"{self._prefix}:{lines[0].node}"
+                texts = [self._node.encode(), *(line.text for line in lines)]
+                pipeline.publish(channel, b"\n".join(texts))
                 pipeline.pubsub_numsub(channel)  # PUBLISH counts subscribers to patterns too
             results = await pipeline.execute(raise_on_error=False)
-            for (_, lines), result, hearers in zip(
-                groups, results[::2], results[1::2], strict=True
-            ):
-                is_lost = isinstance(result, Exception) or isinstance(hearers, Exception)
+            for lines, sent, hearers in zip(groups, results[::2], results[1::2], strict=True):
+                is_lost = isinstance(sent, Exception) or isinstance(hearers, Exception)
                 del self._waiting[: len(lines)]
                 for line in lines:
                     self._waiting_bytes -= len(line.text)
@@ -2437,50 +2373,39 @@ class _RedisNodes(_OtherNodes):
 
     async def _listen(self, pubsub: Any) -> None:
         """Take what the others publish, until nothing, not even a probe, is heard for 3 s."""
-        # Silences are counted, not timed: a process that was paused has not lost Redis.
-        silent_seconds = 0
+        silent_seconds = 0  # counted, not timed: a process that was paused has not lost Redis
         while silent_seconds < _LOST_SECONDS:
             message = await pubsub.get_message(timeout=1)
             silent_seconds = silent_seconds + 1 if message is None else 0
             if message is not None and message["type"] == "message":
-                self._take(message["data"])
+                node, *lines = message["data"].split(b"\n")
+                if node != self._node.encode():
+                    for line in lines or [b""]:  # to have no line is garbage too
+                        self._take(node, line)
                 await asyncio.sleep(0)  # or nobody else runs while there is more to take
         raise TimeoutError(f"nothing heard for {_LOST_SECONDS} s")
 
-    def _take(self, data: bytes) -> None:
-        """Act on the lines that a node has published."""
-        node, *lines = data.split(b"\n")
-        if node == self._node.encode():
-            return
-        for line in lines or [b""]:  # to have no line is garbage too
-            try:
-                self._act(node.decode(), *line.split(b" ", 2))
-            except Exception as error:  # it is not a line that a node publishes
-                _errors_total.labels("redis").inc()
-                _warn("redis_garbage", error=repr(error))
-
-    def _act(self, node: str, to: bytes, about: bytes, body: bytes) -> None:
-        if to.startswith(b"#") or to == b"all":
-            _hub.publish(to.decode(), body)
-        elif to == b"ask":
-            answer = json.dumps(_run_request(json.loads(body)))
-            self._add(node, b"answer %b %b" % (about, answer.encode()))
-        elif to == b"answer":
-            answer = json.loads(body)
-            if int(about) in self._answers:  # it may come too late
-                self._answers[int(about)].put_nowait(answer)
-        elif not _CLIENT_ID.fullmatch(to.decode()):
-            raise ValueError(f"expected all, #, ask, answer or a client's id, got {to[:36]!r}")
-        elif not _hub.publish(to.decode(), body) and about != b"-":
-            _send_unknown_recipient(about.decode(), body)
+    def _take(self, node: bytes, line: bytes) -> None:
+        """Act on a line that another node has published."""
+        try:
+            to, about, body = line.split(b" ", 2)
+            if to.startswith(b"#") or to == b"all":
+                _hub.publish(to.decode(), body)
+            elif to == b"ask":
+                answer = json.dumps(_run_request(json.loads(body)))
+                self._add(_Line(node.decode(), b"answer %b %b" % (about, answer.encode())))
+            elif to == b"answer":  # one that comes too late goes into a queue that nobody reads
+                self._answers.get(int(about), asyncio.Queue()).put_nowait(json.loads(body))
+            elif not _CLIENT_ID.fullmatch(to.decode()):
+                raise ValueError(f"expected all, #, ask, answer or a client's id, got {to[:36]!r}")
+            elif not _hub.publish(to.decode(), body) and about != b"-":
+                _send_unknown_recipient(about.decode(), body)
+        except Exception as error:  # it is not a line that a node publishes
+            _errors_total.labels("redis").inc()
+            _warn("redis_garbage", error=repr(error))
 
 
-def _make_nodes() -> _OtherNodes:
-    url = _settings().redis_url
-    return _RedisNodes(url) if url is not None else _OtherNodes()
-
-
-_hub.make_nodes = _make_nodes
+_hub.make_nodes = lambda: _RedisNodes() if _settings().redis_url else _OtherNodes()
 
 # ---- Running it ----------------------------------------------------------------------------------
 
@@ -2492,8 +2417,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="A WebSocket message server with an admin API.")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8765)
-    options: dict[str, Any] = {"ws_max_size": _settings().max_message_bytes}
-    uvicorn.run(app, timeout_graceful_shutdown=5, **options, **vars(parser.parse_args()))
+    limit = _settings().max_message_bytes
+    uvicorn.run(app, ws_max_size=limit, timeout_graceful_shutdown=5, **vars(parser.parse_args()))
 
 
 # ---- The browser's client ------------------------------------------------------------------------
