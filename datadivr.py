@@ -193,7 +193,7 @@ def _last_resort() -> _LastResort:
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.stdlib.ProcessorFormatter.remove_processors_meta,
         structlog.processors.ExceptionRenderer(
-            lambda exc_info: _escape(format_exception(exc_info))
+            lambda exc_info: "\n".join(map(_escape, format_exception(exc_info).split("\n")))
         ),
         renderer,
     ]
@@ -216,12 +216,10 @@ def _log_warning(message: Any, category: Any, filename: str, lineno: int, *_: An
 
 
 def _escape(value: Any) -> Any:
-    """Escape a text's control characters, but for line feeds: it may go to a terminal."""
+    """Escape the control characters of a text: it may come from anybody, and go to a terminal."""
     if not isinstance(value, str) or value.isprintable():
         return value
-    return "".join(
-        char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in value
-    )
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in value)
 
 
 def _log(level: str, event: str, exc_info: BaseException | None = None, **fields: Any) -> None:
@@ -229,20 +227,20 @@ def _log(level: str, event: str, exc_info: BaseException | None = None, **fields
 
     Formatters of `logging` get a line of text; the fields are in the record's `datadivr`.
     """
-    line = " ".join([event, *(f"{name}={value!r}" for name, value in fields.items())])
-    fields = {name: _escape(value) for name, value in fields.items()}
+    printable = {name: _escape(value) for name, value in fields.items()}
     with suppress(Exception):  # a log that cannot be written must not cost a client its connection
         if structlog.is_configured():
             if exc_info is not None:
-                fields["exc_info"] = exc_info
-            getattr(structlog.get_logger("datadivr"), level)(event, **fields)
+                printable["exc_info"] = exc_info
+            getattr(structlog.get_logger("datadivr"), level)(event, **printable)
             return
         logger = logging.getLogger("datadivr")
         if logger.level == logging.NOTSET:
             logger.setLevel(_settings().log_level)
         logger.disabled = False  # `dictConfig` disables the loggers that it finds
         _last_resort()
-        extra = {"datadivr": {"event": event, **fields}}
+        line = " ".join([event, *(f"{name}={value!r}" for name, value in fields.items())])
+        extra = {"datadivr": {"event": event, **printable}}
         getattr(logger, level)("%s", line, exc_info=exc_info, extra=extra)
 
 
@@ -828,6 +826,7 @@ class _AsgiConnection:
         self.framing: _Framing = _end_line
         self._websocket = websocket
         self._transport = getattr(protocol, "transport", None)  # uvicorn's with --ws wsproto
+        self._is_wrapped = protocol is None
         self._is_closed = False
         self._unsent = 0
         self._end: Message = {}  # the server's last event
@@ -867,9 +866,9 @@ class _AsgiConnection:
             self._transport.abort()
 
     def close_reason(self) -> str:
-        # uvicorn's stop says 1012 without a reason. (A client's close has one, if only "".)
+        # Behind a wrapper uvicorn's stop says 1012, without the reason that a client's close has.
         is_stop = self._end.get("code") == 1012 and "reason" not in self._end
-        return "server_stop" if is_stop else "client"
+        return "server_stop" if is_stop and self._is_wrapped else "client"
 
     def mark_closed(self, _: WebSocket) -> None:
         self._writer.cancel()

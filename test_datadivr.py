@@ -423,7 +423,9 @@ def _token(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture
-def made_up_token(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., str]]:
+def made_up_token(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., str]]:
     """Return a function that returns the token which was shown, once, with the console's path."""
     shown = ""
 
@@ -434,6 +436,7 @@ def made_up_token(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., 
         (token,) = re.findall(rf"console='?{path}#token=([\w-]+)", shown)
         return str(token)
 
+    monkeypatch.setattr(datadivr._hub, "console_path", "")
     datadivr._last_resort.cache_clear()
     datadivr._admin_token.cache_clear()
     yield read
