@@ -158,6 +158,9 @@ def _settings() -> _Settings:
     return _read_settings(os.environ)
 
 
+_TIME_FORMAT = "%Y-%m-%dT%H:%M:%S.%fZ"  # ISO 8601, in UTC
+
+
 class _LastResort(logging.StreamHandler[Any]):
     """Writes records to standard output where the host has no handler that takes them.
 
@@ -176,30 +179,35 @@ class _LastResort(logging.StreamHandler[Any]):
         return False
 
 
+class _Formatter(logging.Formatter):
+    """Formats the records of all loggers as structlog does, for people or in JSON."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Its default formatter of tracebacks shows local variables, and so payloads.
+        self.renderer: Any = structlog.dev.ConsoleRenderer(
+            colors=sys.stdout.isatty(), exception_formatter=structlog.dev.plain_traceback
+        )
+        if _settings().log_format == "json":
+            self.renderer = structlog.processors.JSONRenderer()
+
+    def format(self, record: logging.LogRecord) -> str:
+        event = {"event": record.getMessage(), **getattr(record, "datadivr", {})}
+        event["level"] = record.levelname.lower()
+        event["timestamp"] = datetime.fromtimestamp(record.created, UTC).strftime(_TIME_FORMAT)
+        if record.exc_info:
+            lines = self.formatException(record.exc_info).split("\n")
+            event["exception"] = "\n".join(map(_escape, lines))
+        return str(self.renderer(None, "", event))
+
+
 @cache
 def _last_resort() -> _LastResort:
     """Put the handler of last resort in place; in JSON, have it write all lines of the process."""
-    is_json = _settings().log_format == "json"
-    renderer: Any = structlog.processors.JSONRenderer()
-    if not is_json:
-        # Its default formatter of tracebacks shows local variables, and so payloads.
-        renderer = structlog.dev.ConsoleRenderer(
-            colors=sys.stdout.isatty(), exception_formatter=structlog.dev.plain_traceback
-        )
-    format_exception = logging.Formatter().formatException
-    processors: list[Any] = [
-        lambda _, __, event: event | getattr(event["_record"], "datadivr", {}),
-        structlog.stdlib.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
-        structlog.stdlib.ProcessorFormatter.remove_processors_meta,
-        structlog.processors.ExceptionRenderer(
-            lambda exc_info: "\n".join(map(_escape, format_exception(exc_info).split("\n")))
-        ),
-        renderer,
-    ]
     handler = logging.lastResort = _LastResort(sys.stdout)
-    handler.setFormatter(structlog.stdlib.ProcessorFormatter(processors=processors))
-    if is_json and not structlog.is_configured() and not logging.getLogger().handlers:
+    handler.setFormatter(_Formatter())
+    is_configured = structlog.is_configured() or logging.getLogger().handlers
+    if _settings().log_format == "json" and not is_configured:
         handler.takes_all = True
         # `logging.captureWarnings` would add a handler that hides them.
         warnings.showwarning = cast(Any, _log_warning)
@@ -1003,9 +1011,8 @@ class _Shared:
         self.places = places  # of its messages in the batch
         self.frames = frames
         self.joined = b"".join(frames)
-        self.starts: list[
-            int
-        ] = []  # of the frames in `joined`, and its end; once a client needs it
+        # Where each frame begins in `joined`, and where the last ends; filled for the first edit.
+        self.starts: list[int] = []
 
 
 class _Batch:
@@ -1627,7 +1634,7 @@ def _make_client(websocket: WebSocket) -> Client:
     client_id = f"{_hub.node}{random[8:14]}8{random[15:]}"
     websocket.scope["datadivr.client_id"] = client_id
     address = _format_address(websocket) or client_id
-    now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    now = datetime.now(UTC).strftime(_TIME_FORMAT)
     task = cast("asyncio.Task[Any]", asyncio.current_task())
     connection = _open_connection(websocket)
     client = Client(client_id, _hub.node, address, now, websocket, connection, task)
