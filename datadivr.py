@@ -352,16 +352,26 @@ _MessageId = Annotated[int, Field(strict=True)] | Annotated[str, Field(max_lengt
 _ROOM_NAME = re.compile(r"[^\s\x00-\x1f\x7f-\x9f\ud800-\udfff/#]{1,100}")
 
 
-def _check_room(room: Any) -> str:
-    """Return a room's name; ValueError if it is not one."""
+class _RoomNameError(HTTPException, ValueError):
+    """A ValueError that refuses the message of the client that chose the room's name."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(422, text)
+
+    def __str__(self) -> str:
+        return str(self.detail)
+
+
+def _check_room(room: Any, error: type[ValueError] = ValueError) -> str:
+    """Return a room's name; raise an error if it is not valid."""
     if not isinstance(room, str) or not _ROOM_NAME.fullmatch(room):
         text = "a room's name of 1 to 100 characters, without white space, control characters, /, #"
-        raise ValueError(f"expected {text}; got {room!r}")
+        raise error(f"expected {text}; got {room!r}")
     return room
 
 
 def _check_to(to: str) -> str:
-    """Return what a message is addressed to; ValueError if it is a room without a right name."""
+    """Return what a message is addressed to; raise ValueError if its room's name is not valid."""
     if to[:1] == "#":
         _check_room(to[1:])
     return to
@@ -1530,7 +1540,12 @@ async def _count_refusals() -> AsyncIterator[None]:
     except StarletteHTTPException as error:
         if not isinstance(error, _RefusedError) and error.status_code in (401, 403):
             code = "unauthorized" if error.status_code == 401 else "forbidden"
-            _refuse(error.status_code, code, str(error.detail), "your own authorization says so")
+            _refuse(
+                error.status_code,
+                code,
+                str(error.detail),
+                "the project's own authorization raised this",
+            )
         raise
 
 
@@ -1747,7 +1762,8 @@ async def _handle(
     except StarletteHTTPException as error:
         if not client.removed_because:
             status = {"status": error.status_code}
-            _send_error(client.id, "refused", str(error.detail), message, status)
+            fields: dict[str, Any] = {"event_name": event_name, "level": "info"}
+            _send_error(client.id, "refused", str(error.detail), message, status, **fields)
     except (Exception, SystemExit) as error:
         _send_handler_error(client, message, event_name, error)
 
@@ -1957,7 +1973,9 @@ async def list_clients(
         ValueError: `room` is not a room's name.
         HTTPException: 503, no server runs in this process.
     """
-    rooms = [] if room is None else [_check_room(room)]  # a node of an older version knows no rooms
+    rooms = (
+        [] if room is None else [_check_room(room, _RoomNameError)]
+    )  # a node of an older version knows no rooms
     answers, partial = await _query_nodes("list", "all", limit, after, *rooms)
     found = sorted(itertools.chain.from_iterable(page for _, page in answers))
     return ClientPage(
@@ -1997,13 +2015,13 @@ async def join_room(client_id: str, room: _RoomName, listen_only: bool = False) 
             characters, `/` and `#`.
         HTTPException: 404, no client has this id; 503, the node that has it does not answer.
     """
-    await _query_nodes("join", client_id, _check_room(room), listen_only)
+    await _query_nodes("join", client_id, _check_room(room, _RoomNameError), listen_only)
 
 
 @_admin.delete("/clients/{client_id}/rooms/{room}", status_code=204, responses=_FIND_REFUSALS)
 async def leave_room(client_id: str, room: _RoomName) -> None:
     """Undo `join_room`, with the same errors; nothing happens if the client is not in the room."""
-    await _query_nodes("leave", client_id, _check_room(room))
+    await _query_nodes("leave", client_id, _check_room(room, _RoomNameError))
 
 
 @_admin.post(
