@@ -75,6 +75,7 @@ from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histo
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.multiprocess import MultiProcessCollector
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, TypeAdapter, ValidationError
+from pydantic.errors import PydanticUserError
 from pydantic_core import PydanticSerializationError, Url
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect, HTTPConnection
@@ -96,7 +97,7 @@ __version__ = "1.0.0"
 
 # ---- Settings and logging ------------------------------------------------------------------------
 
-# What both an Authorization header and a WebSocket subprotocol can carry (RFC 9110, 5.6.2). A file
+# Text that fits both an Authorization header and a WebSocket subprotocol (RFC 9110, 5.6.2). A file
 # with a secret often ends with a line feed, which is not part of it.
 _Token = Annotated[str, Field(pattern=r"^[!#$%&'*+.^_`|~0-9A-Za-z-]+$"), BeforeValidator(str.strip)]
 
@@ -119,17 +120,17 @@ _Level = Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
 
 
 class _Settings(BaseModel, alias_generator=lambda name: f"DATADIVR_{name.upper()}"):
-    """The secrets and limits of one process, each from ``DATADIVR_`` and its name in capitals."""
+    """The secrets and limits of one process, each from the variable ``DATADIVR_<NAME>``."""
 
     admin_token: _Token | None = None  # of the admin API; without it a random one is made
     client_token: _Token | None = None  # clients must send it
     metrics_token: _Token | None = None  # /metrics asks for it, or for the admin token
     allowed_origins: _Origins = ()  # of pages on other hosts, separated by commas; "*" is any
     max_message_bytes: _Positive = 1024 * 1024  # of one message, in UTF-8
-    max_messages_per_second: _Limit = 0  # from one client; the server drops the rest
+    max_messages_per_second: _Limit = 0  # from one client; the server drops the others
     max_clients: _Limit = 0  # connected at once
-    max_buffer_bytes: _Positive = 4 * 1024 * 1024  # unsent to one client; more drops it
-    compress_min_bytes: _Limit = 1024  # of a message that is compressed, once for all; 0 is none
+    max_buffer_bytes: _Positive = 4 * 1024 * 1024  # unsent to one client; more: removed
+    compress_min_bytes: _Limit = 1024  # messages of this size or more are compressed; 0: none
     redis_url: Annotated[str, Field(pattern="^(rediss?|unix)://")] | None = None
     redis_prefix: str = "datadivr"  # of the channels' names: one for each installation
     log_level: Annotated[_Level, BeforeValidator(str.upper)] = "INFO"
@@ -137,7 +138,7 @@ class _Settings(BaseModel, alias_generator=lambda name: f"DATADIVR_{name.upper()
 
 
 def _read_settings(environ: Mapping[str, str]) -> _Settings:
-    """Read the settings from variables; the ValueError names each wrong one, but no secret."""
+    """Read the settings from variables; the ValueError names each wrong one, and shows no secret."""
     # An empty variable counts as unset. An empty token is an error: its secret was not injected.
     variables = {name: text for name, text in environ.items() if text or name.endswith("_TOKEN")}
     try:
@@ -146,7 +147,7 @@ def _read_settings(environ: Mapping[str, str]) -> _Settings:
         faults = []
         for detail in error.errors():
             name = str(detail["loc"][0])
-            is_secret = name.endswith(("TOKEN", "REDIS_URL")) and variables[name]
+            is_secret = name.endswith(("TOKEN", "REDIS_URL")) and variables[name] != ""
             came = "" if is_secret else f" (it is {variables[name]!r})"
             faults.append(f"{name}: {detail['msg']}{came}")
         raise ValueError("; ".join(faults)) from None
@@ -168,7 +169,7 @@ class _LastResort(logging.StreamHandler[Any]):
     written once, whenever the host configures `logging`.
     """
 
-    takes_all = False  # while it is False, `previous` takes the records of other loggers
+    takes_all = False  # or the records of all loggers, and not of `datadivr` alone
     previous = logging.lastResort
 
     def handle(self, record: logging.LogRecord) -> Any:
@@ -212,9 +213,11 @@ def _last_resort() -> _LastResort:
         # `logging.captureWarnings` would add a handler that hides them.
         warnings.showwarning = cast(Any, _log_warning)
         for name in ("uvicorn", "uvicorn.access"):
-            for uvicorns in logging.getLogger(name).handlers:
-                if type(uvicorns.formatter).__module__ == "uvicorn.logging":  # not its user's
-                    uvicorns.setFormatter(handler.formatter)
+            for uvicorn_handler in logging.getLogger(name).handlers:
+                if (
+                    type(uvicorn_handler.formatter).__module__ == "uvicorn.logging"
+                ):  # and no format of the user's
+                    uvicorn_handler.setFormatter(handler.formatter)
     return handler
 
 
@@ -277,11 +280,11 @@ def _check_environment() -> None:
     if settings.max_buffer_bytes < settings.max_message_bytes:
         hint = "DATADIVR_MAX_BUFFER_BYTES should be at least DATADIVR_MAX_MESSAGE_BYTES"
         _log("warning", "small_buffer", hint=hint)
-    is_reloaded = {"--reload", "dev"} & set(sys.argv)  # one server, as another process's child
+    is_reloaded = {"--reload", "dev"} & set(sys.argv)  # one server, which runs in a child process
     is_worker = multiprocessing.parent_process() is not None and not is_reloaded
     has_workers = os.environ.get("WEB_CONCURRENCY", "1") != "1"
-    is_gunicorns = os.environ.get("SERVER_SOFTWARE", "").startswith("gunicorn")
-    if settings.redis_url is None and (is_worker or has_workers or is_gunicorns):
+    runs_in_gunicorn = os.environ.get("SERVER_SOFTWARE", "").startswith("gunicorn")
+    if settings.redis_url is None and (is_worker or has_workers or runs_in_gunicorn):
         hint = "if there are several workers, they are one server only with DATADIVR_REDIS_URL"
         _log("warning", "processes_are_apart", hint=hint)
 
@@ -330,7 +333,8 @@ def _collect_metrics() -> CollectorRegistry:
     if not folder:
         return REGISTRY
     # A killed worker leaves its gauges. (On Windows, `os.kill` would stop a live worker.)
-    for path in Path(folder).glob("gauge_live*_[0-9]*.db") if os.name == "posix" else ():
+    gauges = Path(folder).glob("gauge_live*_[0-9]*.db") if os.name == "posix" else ()
+    for path in gauges:
         with suppress(PermissionError):  # it runs, as another user
             try:
                 os.kill(int(path.stem.rpartition("_")[2]), 0)
@@ -386,20 +390,20 @@ class InvalidMessageFormat(ValueError):
 
 
 class WebSocketMessage(BaseModel, Generic[_PayloadT]):
-    """One message, which goes over the wire as JSON: five keys, and `id` where it has one."""
+    """One message: JSON with five keys, and a sixth, `id`, if that is set."""
 
     event_name: _EventName  # 1 to 128 characters; those that begin with "$" are the server's own
     payload: _PayloadT = cast(Any, None)  # any JSON, or `WebSocketMessage[type]`
-    # All but the sender; or "all", one client's id, or "#" and the name of a room.
+    # "others" (all but the sender), "all", the id of one client, or "#" and the name of a room.
     to: Annotated[str, AfterValidator(_check_to)] = "others"
     from_id: str = "server"  # or the id of the client that sent it
     message: str | None = None  # a sentence for people
-    id: _MessageId | None = None  # the sender's mark for a question; the answer has it too
+    id: _MessageId | None = None  # the sender's mark for this message; the answer has it too
 
 
 class _ClientMessage(WebSocketMessage):
     event_name: _UnreservedEventName
-    to: str = "others"  # which `parse_message` checks, for a validator in Python costs more
+    to: str = "others"  # `parse_message` checks it: a validator in Python would be slower
 
 
 _Validate = Callable[[str | bytes], Any]
@@ -416,7 +420,7 @@ def _describe_faults(error: ValidationError) -> str:
     return "; ".join(faults)[:500]
 
 
-# The adapters' own methods cost half a microsecond more.
+# The method `validate_json` of the adapter itself would take half a microsecond more.
 _validate_client_message: _Validate = TypeAdapter(_ClientMessage).validator.validate_json
 
 
@@ -538,7 +542,7 @@ class _Registered(NamedTuple):
 
 _handlers: dict[HandlerType, dict[str, _Registered]] = {kind: {} for kind in HandlerType}
 _server_handlers = _handlers[HandlerType.SERVER]
-_replaced_events: list[str] = []  # which an import must not log
+_replaced_events: list[str] = []  # logged when the server starts, and not at the import
 
 
 def websocket_handler(
@@ -546,7 +550,8 @@ def websocket_handler(
 ) -> Callable[[_HandlerT], _HandlerT]:
     """Register the decorated function for an event; the last registration of a name wins.
 
-    The function takes a `WebSocketMessage` and returns one, which goes to its `to`, or None. A
+    The function takes a `WebSocketMessage`. It returns None, or a message that is sent to its `to`;
+    there "others" and a room leave out the client whose message the function was given. A
     coroutine function runs in the event loop and must not block it. A plain function runs in one
     of AnyIO's 40 threads. A client that connects or leaves has the event `$connect` or
     `$disconnect`; `$default` is any event without a handler of its own. A function whose parameter
@@ -566,8 +571,8 @@ def websocket_handler(
 
     def register(handler: _HandlerT) -> _HandlerT:
         seconds = _handler_seconds.labels(event_name)
-        registered = _Registered(handler, _runs_in_loop(handler), _find_validate(handler), seconds)
-        if event_name in _handlers[HandlerType.BOTH]:
+        registered = _Registered(handler, _runs_in_loop(handler), _make_validator(handler), seconds)
+        if event_name in _handlers[HandlerType.BOTH]:  # it is replaced wherever it is
             for handlers in _handlers.values():
                 handlers.pop(event_name, None)
             _replaced_events.append(event_name)
@@ -590,15 +595,12 @@ def _runs_in_loop(handler: _Handler) -> bool:
     return inspect.iscoroutinefunction(function)
 
 
-def _find_validate(handler: _Handler) -> _Validate | None:
-    """Return the function that parses a handler's messages; None if it takes any message."""
+def _make_validator(handler: _Handler) -> _Validate | None:
+    """Return what makes a handler's messages of JSON; None where it takes them as they came."""
     name = _name_of(handler)
     try:
-        called = inspect.signature(handler, follow_wrapped=False)
+        called = inspect.signature(handler, follow_wrapped=False)  # `bind` needs the outer one
         parameters = [*inspect.signature(handler, eval_str=True).parameters.values()]
-        annotation = parameters[0].annotation if parameters else Any
-        is_plain = annotation in (inspect.Parameter.empty, Any, WebSocketMessage)
-        validate = None if is_plain else TypeAdapter(annotation).validator.validate_json
     except ValueError:  # it is written in C, and has no annotations
         return None
     except Exception as error:
@@ -610,6 +612,14 @@ def _find_validate(handler: _Handler) -> _Validate | None:
         raise TypeError(f"{name}{called}: a handler takes one message") from None
     if any(isinstance(parameter.default, Dependency | Param) for parameter in parameters):
         raise TypeError(f"{name}{called}: a handler takes one message, and no dependencies")
+    annotation = parameters[0].annotation if parameters else Any
+    if annotation in (inspect.Parameter.empty, Any, WebSocketMessage):
+        return None
+    try:
+        validate: _Validate = TypeAdapter(annotation).validator.validate_json
+    except (NameError, PydanticUserError) as error:
+        text = f"{name}: {error}; its annotations must name what is defined when it is registered"
+        raise NameError(text) from error
     return validate
 
 
@@ -623,7 +633,7 @@ def get_handlers(handler_type: HandlerType = HandlerType.SERVER) -> dict[str, _H
 
 
 def _find_handler(event_name: str) -> tuple[str, _Registered | None]:
-    """Return the event whose handler runs for this one, itself or `$default`, and that handler."""
+    """Return the event under which a handler is registered, this one or `$default`, and it."""
     if event_name not in _server_handlers and not event_name.startswith("$"):
         event_name = "$default"
     return event_name, _server_handlers.get(event_name)
@@ -702,7 +712,7 @@ async def sum_handler(message: WebSocketMessage) -> WebSocketMessage:
 
 # A frame's first byte: FIN, the opcode (RFC 6455, 5.2), RSV1 where it is compressed (RFC 7692, 6).
 _TEXT, _COMPRESSED_TEXT = 0x81, 0xC1
-_WINDOW_BITS = 12  # of clients that can share a compressed frame; uvicorn agrees to no more
+_WINDOW_BITS = 12  # the smallest window for which frames are compressed; uvicorn offers 12
 _Framing = Callable[[bytes], bytes]
 
 
@@ -741,8 +751,8 @@ _CLOSE_REASONS = {1009: "message_too_big", 1011: "keepalive", 1012: "server_stop
 class _UvicornConnection:
     """Carries frames to a client of uvicorn's WebSocket protocol, through its asyncio transport.
 
-    Nothing else in this file touches private parts of uvicorn and websockets. If one is missing,
-    the constructor raises AttributeError before it has changed anything.
+    Only this class, and `_pause` and `_resume` below it, use private parts of uvicorn and
+    websockets. If one is missing, the constructor raises AttributeError before it changes anything.
     """
 
     __slots__ = ("_protocol", "framing", "is_closing", "receive", "unsent", "write")
@@ -787,7 +797,7 @@ class _UvicornConnection:
 
         uvicorn answers pings past this file, and would keep an answer to each in memory.
         """
-        _resume(protocol)  # which raises where a part is missing, before anything is changed
+        _resume(protocol)  # it fails here if a part is missing, before a method is replaced
         protocol.pause_writing = MethodType(_pause, protocol)
         protocol.resume_writing = MethodType(_resume, protocol)
         limit = _settings().max_buffer_bytes
@@ -928,18 +938,18 @@ def _open_connection(websocket: WebSocket) -> _UvicornConnection | _AsgiConnecti
 
 # ---- Clients -------------------------------------------------------------------------------------
 
-_ONLY_EVERYBODYS = frozenset({""})
+_EVERYBODY_ONLY = frozenset({""})
 _CLIENT_ID = re.compile(r"([0-9a-f]{8})-[0-9a-f]{4}-8[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
 
 
 def _read_state(websocket: WebSocket, name: str) -> Any:
-    """Return what the project has set on `websocket.state`, which takes memory once it is read."""
+    """Return what the project has set on `websocket.state`, without the memory that this takes."""
     return websocket.scope.get("state", {}).get(name)
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
 class Client:
-    """One connected client, for users to read; from `connection` on, it is not for them."""
+    """One connected client, for users to read; the fields from `connection` on are internal."""
 
     id: str  # a UUID
     node: str  # the process that holds it: the first 32 bits of the id
@@ -947,21 +957,21 @@ class Client:
     connected_at: str  # in UTC, as ISO 8601
     websocket: WebSocket  # Starlette's: its headers, and `state` for what is known of it
     connection: _UvicornConnection | _AsgiConnection
-    task: asyncio.Task[Any]  # that serves it; to ask for the current one is a system call
-    heard: frozenset[str] = _ONLY_EVERYBODYS  # its rooms; "" is everybody's
+    task: asyncio.Task[Any]  # the task that serves it: to ask for the current one takes longer
+    heard: frozenset[str] = _EVERYBODY_ONLY  # its rooms; "" is everybody's
     silent_in: frozenset[str] = frozenset()  # rooms to which it may not send
     messages_received: int = 0
     messages_sent: int = 0  # to it
     removed_because: str = ""  # a reason that the metrics count, once it is removed
     is_cut_off: bool = False  # by this side, so that what it still sends is ignored
-    large_batch_bytes: int = 0  # of a batch over the limit, which it may take its time to read
-    second_began: float = -math.inf
+    large_batch_bytes: int = 0  # of the last batch above the limit: it may have that much more
+    second_began: float = -math.inf  # for the limit on messages a second
     messages_this_second: int = 0
 
     @property
     def rooms(self) -> frozenset[str]:
         """The rooms that it is in; after it has left, those that it was in."""
-        return self.heard - _ONLY_EVERYBODYS
+        return self.heard - _EVERYBODY_ONLY
 
     @property
     def buffered_bytes(self) -> int:
@@ -970,13 +980,13 @@ class Client:
 
     @property
     def user(self) -> str | None:
-        """The name that `websocket.state.user` has as a `str`, in 128 characters at most."""
+        """`str(websocket.state.user)`, cut to 128 characters; None if it is not set."""
         user = _read_state(self.websocket, "user")
         with suppress(Exception):  # of a `str` that is the project's own
             return None if user is None else str(user)[:128].encode(errors="replace").decode()
         return None
 
-    def describe(self) -> dict[str, Any]:
+    def log_fields(self) -> dict[str, Any]:
         """Return the fields that log lines about it have."""
         user = self.user
         return {"client_id": self.id} if user is None else {"client_id": self.id, "user": user}
@@ -993,12 +1003,12 @@ class _Clients(dict[str, Client]):
         self.left: WeakValueDictionary[str, Client] = WeakValueDictionary()
 
     def __missing__(self, client_id: str) -> Client:
-        return self.connected(client_id) or self.left[client_id.lower()]
+        return self.get_connected(client_id) or self.left[client_id.lower()]
 
     def get(self, client_id: str, default: Any = None) -> Any:
-        return self.connected(client_id) or self.left.get(client_id.lower(), default)
+        return self.get_connected(client_id) or self.left.get(client_id.lower(), default)
 
-    def connected(self, client_id: str) -> Client | None:
+    def get_connected(self, client_id: str) -> Client | None:
         return super().get(client_id.lower())
 
 
@@ -1007,9 +1017,11 @@ clients = _Clients()
 
 # ---- Fan-out -------------------------------------------------------------------------------------
 
-_GATHER_CLIENTS = 16  # with fewer, a turn of the loop costs more than a second write per client
+# A batch waits for more messages: with fewer clients the wait costs more than it saves, after so
+# many turns of the loop it ends, and with more bytes clients would have nothing to do meanwhile.
+_GATHER_CLIENTS = 16
 _GATHER_TURNS = 8
-_GATHER_BYTES = 16384  # with more, clients would have nothing to do while they wait
+_GATHER_BYTES = 16384
 _SWEEP_SECONDS = 1.0
 _UNKNOWN_RECIPIENT = "unknown_recipient", "No client with the id in `to` is connected."
 
@@ -1028,9 +1040,9 @@ class _Shared:
 class _Batch:
     """What was published since the last flush, mostly in one turn of the event loop.
 
-    Clients that hear the same of its rooms get the same bytes, unless they have *edits*: a place
-    in the batch, and a message to put in before the one that is there, or None to leave that out.
-    So a batch costs one write per client, not one per message, and all clients see one order.
+    Clients that hear the same of its rooms get the same bytes, unless they have *edits*. An edit
+    (place, message) inserts a message before that place; (place, None) leaves out the one there. So
+    a batch costs one write per client, not one per message, and all clients see one order.
     """
 
     def __init__(self) -> None:
@@ -1067,6 +1079,7 @@ class _Batch:
         next_start = 0
         has_all = count == len(self.messages)
         for place, message in self.edits[client]:
+            # A message that is left out is among the places: who joins or leaves flushes first.
             index = place if has_all else bisect_left(shared.places, place)
             parts.append(view[next_start : starts[index]])
             if message is None:
@@ -1122,11 +1135,11 @@ class _Hub:
     def __init__(self) -> None:
         self.loop: Any = None
         self.node = ""  # this process's part of its clients' ids
-        self.console_path = ""  # with the prefix or the mount that it is under; "" is not known
+        self.console_path = ""  # with its prefix, or its mount; "" until it is known
         self.arriving = 0  # clients that are being accepted
         self.rooms: dict[str, set[Client]] = {}  # those with clients in them
         self.batch = _Batch()
-        self.received = self.sent = self.sent_bytes = 0  # that the metrics do not count yet
+        self.received = self.sent = self.sent_bytes = 0  # not yet added to the metrics
         self.nodes = _OtherNodes()
         self.make_nodes: Callable[[], _OtherNodes] = _OtherNodes  # the section Cluster replaces it
 
@@ -1154,7 +1167,7 @@ class _Hub:
         for event_name in dict.fromkeys(_replaced_events):
             _log("debug", "handler_replaced", event_name=event_name)
         _replaced_events.clear()
-        # The metrics are the one thing that two copies of this file share.
+        # Two copies of this file share the metrics, so the first leaves its name at one of them.
         if vars(_connected).setdefault("served_by", __name__) != __name__:
             other = vars(_connected)["served_by"]
             _warn("served_twice", names=f"{other}, {__name__}", hint="import it under one name")
@@ -1167,7 +1180,7 @@ class _Hub:
             self.join_room(client, room)
         _connected.inc()
         _connections_total.inc()
-        _log("info", "client_connected", address=client.address, **client.describe())
+        _log("info", "client_connected", address=client.address, **client.log_fields())
 
     def join_room(self, client: Client, room: str, listen_only: bool = False) -> None:
         if room not in client.heard:
@@ -1184,8 +1197,9 @@ class _Hub:
         if room in client.heard:
             if room in self.batch.places:
                 self.flush()  # what was published before it left is for it
-            client.heard -= {room}
-            self._remove_member(client, room)
+            if not client.removed_because:  # by the flush
+                client.heard -= {room}
+                self._remove_member(client, room)
 
     def _remove_member(self, client: Client, room: str) -> None:
         members = self.rooms[room]
@@ -1195,19 +1209,19 @@ class _Hub:
         _rooms_gauge.set(len(self.rooms))
 
     def publish(self, to: str, message: bytes, sender: Client | None = None) -> int:
-        """Send a message to the clients that `to` names here, and return how many these are."""
+        """Send a message to the clients of this process that `to` names; return their number."""
         was_empty = not self.batch.size
         room = to[1:] if to[:1] == "#" else ""
         if room or to in _EVERYBODY:
             members: Any = self.rooms.get(room) if room else clients
             if not members:
                 return 0
-            if to == "all" or sender is None or sender.removed_because or room not in sender.heard:
-                sender = None
-            self.batch.add(message, room, left_out=sender)
-            count = len(members) if sender is None else len(members) - 1
+            is_member = sender is not None and not sender.removed_because and room in sender.heard
+            left_out = sender if is_member and to != "all" else None
+            self.batch.add(message, room, left_out)
+            count = len(members) if left_out is None else len(members) - 1
         else:
-            client = clients.connected(to)
+            client = clients.get_connected(to)
             if client is None:
                 return 0
             self.batch.add_for(client, message)
@@ -1235,22 +1249,22 @@ class _Hub:
             recipients = set(batch.edits).union(*members)
         limit = _settings().max_buffer_bytes
         is_large = batch.size > limit
-        frames, count, framing, heard = b"", 0, None, None
         sent = sent_bytes = 0
+        # Most clients get the same frames as the one before them.
+        frames, count, framing, heard = b"", 0, None, None
         for client in tuple(recipients):
             connection = client.connection
             is_doubtful = connection.is_closing() or connection.unsent() > limit
             if is_doubtful and self.drop_if_gone_or_slow(client):
                 continue
-            is_like_last = client.heard is heard and connection.framing is framing
             if client in batch.edits:
                 frames, count = batch.frames_for(client)
-                heard = None
-            elif not is_like_last:
+                heard = None  # the next client gets others
+            elif client.heard is not heard or connection.framing is not framing:
                 frames, count = batch.frames_for(client)
                 framing, heard = connection.framing, client.heard
             if not frames:
-                continue  # it has sent all that it could hear
+                continue  # the client has sent all of these messages itself
             connection.write(frames)
             client.messages_sent += count
             sent += count
@@ -1261,7 +1275,7 @@ class _Hub:
         self.sent_bytes += sent_bytes
 
     def count_traffic(self) -> None:
-        """Add what was counted to the metrics, in which each count costs a quarter microsecond."""
+        """Add the counts to the metrics: once a second, for each `inc` takes 0.25 microseconds."""
         _received_total.inc(self.received)
         _sent_total.inc(self.sent)
         _bytes_sent_total.inc(self.sent_bytes)
@@ -1281,11 +1295,11 @@ class _Hub:
             return False
         self.remove(client, "slow_client", 1013, "Too slow: reconnect")
         hint = "DATADIVR_MAX_BUFFER_BYTES is the limit"
-        _warn("slow_client_dropped", buffered_bytes=unsent, hint=hint, **client.describe())
+        _warn("slow_client_dropped", buffered_bytes=unsent, hint=hint, **client.log_fields())
         return True
 
     def _sweep(self, node: str, due: float) -> None:
-        """Look at all clients: uvicorn tells of none that stalls while it goes, or only pings."""
+        """Check all clients: uvicorn reports none that stalls while it closes, or only pings."""
         if node != self.node:
             return  # the hub has moved into another loop
         late = self.loop.time() - due
@@ -1301,7 +1315,7 @@ class _Hub:
         self.count_traffic()
 
     def remove(self, client: Client, reason: str, code: int = 0, text: str = "") -> None:
-        """Forget a client, the one way out; a code closes it behind what was published so far."""
+        """Remove a client; nothing else does. A code also closes it, after what was published."""
         if code:
             self.flush()
         if clients.pop(client.id, None) is None:
@@ -1320,7 +1334,7 @@ class _Hub:
         _disconnections_total.labels(reason).inc()
         if reason in _ERROR_TYPES:
             _errors_total.labels(reason).inc()
-        _log("info", "client_disconnected", reason=reason, **client.describe())
+        _log("info", "client_disconnected", reason=reason, **client.log_fields())
 
 
 _hub = _Hub()
@@ -1336,7 +1350,7 @@ def _publish(to: str, data: bytes, sender: Client | None = None, reply_to: str =
         _hub.nodes.publish("all", data)  # their "others" too, for the sender is here
     elif to.startswith("#"):
         _hub.nodes.publish(to, data)
-    elif not count and to.lower() != reply_to:  # who has left needs no answer
+    elif not count and to.lower() != reply_to:  # the sender itself has left
         _hub.nodes.publish(to, data, reply_to)
     return count
 
@@ -1358,7 +1372,7 @@ def _send_error(
     """Count and log an error of a client's, and tell it; `about` is the message at fault."""
     _errors_total.labels(code).inc()
     client = clients.get(client_id)
-    described = {"client_id": client_id} if client is None else client.describe()
+    described = {"client_id": client_id} if client is None else client.log_fields()
     _warn(code, error=text, **described, **fields)
     error = create_error_message(text, client_id, code, about.id if about is not None else None)
     if about is not None and about.event_name:
@@ -1400,58 +1414,55 @@ async def broadcast(message: WebSocketMessage, sender: WebSocket | None = None) 
     """
     _check_type(type(message))
     try:
-        count: int = await _in_server(_broadcast, message, sender)
+        to, data = _check_to(message.to), _encode(message)
+    except ValueError as error:
+        _errors_total.labels("handler_error").inc()
+        _warn("broadcast_failed", "error", event_name=message.event_name, error=str(error))
+        raise
+    try:
+        count: int = await _in_server(_broadcast, to, data, sender)
     except HTTPException:
         _warn("broadcast_to_nobody", hint="other programs send with POST /messages")
         return 0
     return count
 
 
-async def _broadcast(message: WebSocketMessage, sender: WebSocket | None) -> int:
+async def _broadcast(to: str, data: bytes, sender: WebSocket | None) -> int:
     client_id = sender.scope.get("datadivr.client_id", "") if sender is not None else ""
-    try:
-        return _send(message, clients.connected(client_id))
-    except ValueError as error:
-        _errors_total.labels("handler_error").inc()
-        _warn("broadcast_failed", "error", event_name=message.event_name, error=str(error))
-        raise
+    return _publish(to, data, clients.get_connected(client_id))
 
 
 def _run_request(request: Sequence[Any]) -> Any:
     """Run a request here, whichever node it came to; return None if it is not for here.
 
-    Its first word is what to do. Its second is "all", or what the client or message is for.
+    A request is an action, a target ("all", a room, or the id of a client), and arguments.
     """
+    client = clients.get_connected(request[1])
     match request:
         case ["list", _, limit, after, *rooms]:
             listed = _hub.rooms.get(rooms[0], ()) if rooms else clients.values()
             found = [(client.connected_at + client.id, client) for client in listed]
             page = sorted(entry for entry in found if entry[0] > after)[: limit + 1]
-            return len(listed), [[key, _describe(client)] for key, client in page]
-        case ["publish", to, text] if to in _EVERYBODY or to.startswith("#"):
+            return len(listed), [[key, _client_info(client)] for key, client in page]
+        case ["publish", to, text] if client or to in _EVERYBODY or to.startswith("#"):
             return _hub.publish(to, text.encode())
-    client = clients.connected(request[1])
-    if client is None:
-        return None
-    match request:
-        case ["publish", to, text]:
-            return _hub.publish(to, text.encode())
-        case ["get", _]:
-            return _describe(client)
-        case ["join", _, room, listen_only]:
+        case ["get", _] if client:
+            return _client_info(client)
+        case ["join", _, room, listen_only] if client:
             _hub.join_room(client, _check_room(room), listen_only)
-        case ["leave", _, room]:
+        case ["leave", _, room] if client:
             _hub.leave_room(client, room)
-        case ["disconnect", _]:
+        case ["disconnect", _] if client:
             _hub.remove(client, "admin", 1008, "Disconnected by an administrator")
+        case _:
+            return None
     return True
 
 
-def _describe(client: Client) -> dict[str, Any]:
+def _client_info(client: Client) -> dict[str, Any]:
     """Describe a client as a `ClientInfo`, in JSON."""
-    names = ("id", "node", "address", "user", "connected_at", "messages_received")
-    fields = {name: getattr(client, name) for name in names}
-    fields |= {"messages_sent": client.messages_sent, "buffered_bytes": client.buffered_bytes}
+    names = ("id", "node", "address", "user", "connected_at", "messages_received", "messages_sent")
+    fields = {name: getattr(client, name) for name in (*names, "buffered_bytes")}
     return {**fields, "rooms": sorted(client.rooms)}
 
 
@@ -1465,12 +1476,12 @@ async def _query_nodes(*request: Any) -> tuple[list[Any], bool]:
         HTTPException: 404, no client has this id; 503, the node that has it does not answer, or no
             server runs in this process.
     """
-    answers, partial = await _in_server(_query_from_here, request)
-    if not answers and partial:
+    answers, is_partial = await _in_server(_query_from_here, request)
+    if not answers and is_partial:
         raise HTTPException(503, "The node that holds this client does not answer.")
     if not answers:
         raise HTTPException(404, "No client with this id is connected.")
-    return answers, partial
+    return answers, is_partial
 
 
 async def _query_from_here(request: Sequence[Any]) -> tuple[list[Any], bool]:
@@ -1481,9 +1492,9 @@ async def _query_from_here(request: Sequence[Any]) -> tuple[list[Any], bool]:
 
 # ---- The WebSocket endpoint ----------------------------------------------------------------------
 
-_YIELD_BYTES = 65536  # that one client may send, or 16 messages, before it is the others' turn
+_YIELD_BYTES = 65536  # or 16 messages: after these a client's task lets the others run
 _WEB_SCHEMES = ("http", "https", "ws", "wss")
-# The overrides of `app`, which are no use where another application serves the router.
+# `app.dependency_overrides`, to warn if another application serves the clients.
 _app_overrides: dict[Callable[..., Any], Callable[..., Any]] = {}
 _event_name: TypeAdapter[Any] = TypeAdapter(_EventName)
 _message_id: TypeAdapter[Any] = TypeAdapter(_MessageId)
@@ -1568,7 +1579,7 @@ async def authorize_client(websocket: WebSocket) -> None:
     if expected is None:
         return
     scheme, _, token = websocket.headers.get("authorization", "").partition(" ")
-    given = [token.strip()] if scheme.lower() == "bearer" else []  # which a proxy may have added
+    given = [token.strip()] if scheme.lower() == "bearer" else []  # it may be a proxy's
     offered = websocket.scope.get("subprotocols", [])
     if len(offered) > 1 and offered[0].lower() == "bearer":
         given.append(offered[1])
@@ -1608,7 +1619,8 @@ def _format_address(websocket: WebSocket) -> str:
 async def handle_connection(websocket: WebSocket, subprotocol: str | None = None) -> None:
     """Accept a client without asking who it is, and serve it until it goes.
 
-    `subprotocol` is one that the client offered (RFC 6455, 1.9); "bearer", where that came first.
+    `subprotocol` is one that the client offered (RFC 6455, 1.9). By default it is "bearer", if the
+    client offered that first.
     The client joins the rooms in `websocket.state.rooms`, if there are any.
 
     Raises:
@@ -1622,7 +1634,11 @@ async def handle_connection(websocket: WebSocket, subprotocol: str | None = None
         hint = "DATADIVR_MAX_CLIENTS is the limit"
         raise _refuse(503, "too_many_clients", f"{limit} clients are connected.", hint)
     rooms = _read_state(websocket, "rooms") or ()
-    rooms = tuple(_check_room(room) for room in (rooms if not isinstance(rooms, str) else [None]))
+    if isinstance(rooms, str):
+        raise ValueError(
+            f"expected a set of rooms' names in `websocket.state.rooms`; got {rooms!r}"
+        )
+    rooms = tuple(map(_check_room, rooms))
     if subprotocol is None and websocket.scope.get("subprotocols", [])[:1] == ["bearer"]:
         subprotocol = "bearer"
     _hub.arriving += 1  # or more than DATADIVR_MAX_CLIENTS could come in at once
@@ -1639,7 +1655,7 @@ async def handle_connection(websocket: WebSocket, subprotocol: str | None = None
     finally:
         _hub.remove(client, client.connection.close_reason())
         client.connection.mark_closed(websocket)
-        delattr(websocket, "close")  # which refers to the client
+        delattr(websocket, "close")  # it refers to the client, which refers to the WebSocket
         await _handle_own(client, "$disconnect", client.removed_because)
 
 
@@ -1676,7 +1692,7 @@ async def _read_messages(client: Client) -> None:
             _hub.drop_if_gone_or_slow(client)
         if client.removed_because == "slow_client":
             return  # a client that does not read is not read any more
-        if client.is_cut_off:
+        if client.is_cut_off:  # its close frame is still to come
             continue
         client.messages_received += 1
         _hub.received += 1
@@ -1732,7 +1748,7 @@ def _read_about(data: str | bytes) -> WebSocketMessage:
 
 
 async def _handle_own(client: Client, event_name: str, payload: str | None = None) -> None:
-    """Run the handler of an event of the server's own, if there is one."""
+    """Run the handler of `$connect` or `$disconnect`, if there is one."""
     if (registered := _server_handlers.get(event_name)) is not None:
         message = WebSocketMessage(event_name=event_name, payload=payload, from_id=client.id)
         await _handle(client, message, event_name, registered)
@@ -1743,24 +1759,25 @@ async def _handle(
 ) -> None:
     """Run the handler of a client's message, and send what comes of it."""
     to = message.to
-    cancelled_before = client.task.cancelling()  # a TaskGroup leaves it raised, before Python 3.13
+    # Before Python 3.13 a TaskGroup does not lower this count again.
+    cancelled_before = client.task.cancelling()
     try:
         handled, answer = await _run_handler(registered, message)
         if answer is handled and answer.to == to:
             _relay(client, answer)
         else:
-            _answer(client, handled, answer)
+            _send_answer(client, handled, answer)
     except asyncio.CancelledError as error:
         if client.task.cancelling() > cancelled_before:
             raise  # it is this connection that is cancelled, not what the handler awaited
         _send_handler_error(client, message, event_name, error)
     except InvalidMessageFormat as error:
-        if error.code != "invalid_payload":
+        if error.code == "invalid_payload":
+            _send_error(client.id, error.code, str(error), message, event_name=event_name)
+        else:
             _send_handler_error(client, message, event_name, error)
-            return
-        _send_error(client.id, error.code, str(error), message, event_name=event_name)
     except StarletteHTTPException as error:
-        if not client.removed_because:
+        if not client.removed_because:  # it has nobody to tell
             status = {"status": error.status_code}
             fields: dict[str, Any] = {"event_name": event_name, "level": "info"}
             _send_error(client.id, "refused", str(error.detail), message, status, **fields)
@@ -1776,38 +1793,40 @@ def _relay(client: Client, message: WebSocketMessage) -> None:
         text = "To send to a room, a client must be in it, and allowed to do more than listen."
         _send_error(client.id, "not_in_room", text, message)
         return
-    question = message.id
+    question_id = message.id
     is_to_many = is_room or message.to in _EVERYBODY
     if is_to_many:  # clients count their questions from 1: one could take it for its own
         vars(message)["id"] = None
     data = _encode(message)
     limit = _settings().max_message_bytes
     if len(data) > limit:
-        vars(message)["id"] = question
+        vars(message)["id"] = question_id
         text = (
             f"It would go out with more than {limit} bytes (DATADIVR_MAX_MESSAGE_BYTES): dropped."
         )
         _send_error(client.id, "message_too_big", text, message)
         return
     _publish(message.to, data, client, client.id)
-    if is_to_many and question is not None:
-        _send(create_message("ok", None, client.id, id=question))
+    if is_to_many and question_id is not None:
+        _send(create_message("ok", None, client.id, id=question_id))
 
 
-def _answer(client: Client, message: WebSocketMessage, answer: WebSocketMessage | None) -> None:
+def _send_answer(
+    client: Client, message: WebSocketMessage, answer: WebSocketMessage | None
+) -> None:
     """Send what a handler returned, and see that a message with an id has one answer with it."""
-    question = message.id
-    is_answered = question is None
-    if answer is not None and question is not None:
-        if answer.to.lower() == client.id and answer.id in (None, question):
-            answer = answer.model_copy(update={"id": question})
+    question_id = message.id
+    is_answered = question_id is None
+    if answer is not None and question_id is not None:
+        if answer.to.lower() == client.id and answer.id in (None, question_id):
+            answer = answer.model_copy(update={"id": question_id})
             is_answered = True
         elif answer is message:  # the handler sends it on to somebody else
             answer = answer.model_copy(update={"id": None})
     if answer is not None:
         _send(answer, client, client.id)
     if not is_answered:
-        _send(create_message("ok", None, client.id, id=question))
+        _send(create_message("ok", None, client.id, id=question_id))
 
 
 def _send_handler_error(
@@ -2035,7 +2054,7 @@ async def _post_message(request: Request) -> Recipients:
     body = bytearray()
     limit = _settings().max_message_bytes
     try:
-        # FastAPI would read all of it, and before it asks for the token.
+        # FastAPI would read a body of any length, before it asks for the token.
         async for chunk in request.stream():
             body += chunk
             if len(body) > limit:
@@ -2441,8 +2460,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="A WebSocket message server with an admin API.")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8765)
+    arguments = vars(parser.parse_args())
     limit = _settings().max_message_bytes
-    uvicorn.run(app, ws_max_size=limit, timeout_graceful_shutdown=5, **vars(parser.parse_args()))
+    uvicorn.run(app, ws_max_size=limit, timeout_graceful_shutdown=5, **arguments)
 
 
 # ---- The browser's client ------------------------------------------------------------------------
