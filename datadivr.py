@@ -138,7 +138,7 @@ class _Settings(BaseModel, alias_generator=lambda name: f"DATADIVR_{name.upper()
 
 
 def _read_settings(environ: Mapping[str, str]) -> _Settings:
-    """Read the settings from variables; the ValueError names each wrong one, and shows no secret."""
+    """Read the settings from variables; a ValueError names each wrong one, and shows no secret."""
     # An empty variable counts as unset. An empty token is an error: its secret was not injected.
     variables = {name: text for name, text in environ.items() if text or name.endswith("_TOKEN")}
     try:
@@ -287,6 +287,9 @@ def _check_environment() -> None:
     if settings.redis_url is None and (is_worker or has_workers or runs_in_gunicorn):
         hint = "if there are several workers, they are one server only with DATADIVR_REDIS_URL"
         _log("warning", "processes_are_apart", hint=hint)
+    if settings.redis_url is not None and settings.admin_token is None:
+        hint = "each process makes up an admin token of its own; set DATADIVR_ADMIN_TOKEN"
+        _log("warning", "admin_tokens_differ", hint=hint)
 
 
 # ---- Metrics -------------------------------------------------------------------------------------
@@ -703,6 +706,7 @@ async def sum_handler(message: WebSocketMessage) -> WebSocketMessage:
     except OverflowError:
         text = "payload.numbers: Sum should be a finite number"
     _errors_total.labels("invalid_payload").inc()
+    _warn("invalid_payload", event_name=message.event_name, error=text)
     answer = create_error_message(text, message.from_id, "invalid_payload")
     answer.payload["event_name"] = message.event_name
     return answer
@@ -1940,7 +1944,9 @@ _Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
 def _require_token(credentials: _Credentials, kind: str, *tokens: str) -> None:
     given = (credentials.credentials if credentials is not None else "").encode()
     if not any(secrets.compare_digest(given, token.encode()) for token in tokens):
-        hint = "the admin token opens everything: DATADIVR_ADMIN_TOKEN, or the one shown at start"
+        hint = (
+            f"DATADIVR_{kind.upper()}_TOKEN; the admin token, set or shown at the start, opens all"
+        )
         raise _refuse(401, "admin_unauthorized", f"The {kind} token is needed.", hint)
 
 

@@ -1626,6 +1626,20 @@ def test_workers_are_told_by_the_environment_too(tmp_path: Path) -> None:
     outputs = run_each([(script, variables) for variables, _ in cases], tmp_path / "out")
     for (_, expected), (status, output) in zip(cases, outputs, strict=True):
         assert (status, output.count("processes_are_apart")) == (0, expected), output
+    assert "admin_tokens_differ" not in outputs[-1][1]  # for there is one
+
+
+def test_processes_that_share_a_redis_are_told_to_share_the_admin_token(tmp_path: Path) -> None:
+    script = """
+        import os
+        del os.environ["DATADIVR_ADMIN_TOKEN"]
+        import datadivr
+        datadivr._check_environment()
+    """
+    redis_url = f"redis://127.0.0.1:{free_port()}"
+    variables: list[dict[str, str]] = [{}, {"DATADIVR_REDIS_URL": redis_url}]
+    outputs = run_each([(script, each) for each in variables], tmp_path / "out")
+    assert [output.count("admin_tokens_differ") for _, output in outputs] == [0, 1]
 
 
 def test_two_copies_that_both_serve_are_named_once(tmp_path: Path) -> None:
@@ -3150,6 +3164,26 @@ def test_a_handler_sees_a_message_first_wherever_it_is_addressed(
     answer = ask(asker, "double", payload=2, to=to, id=7)
     assert answer == message_from("server", "doubled", id_of(asker), payload=4, id=7)
     assert hear_all(member) == []
+
+
+def test_a_wrong_room_that_a_client_chose_is_refused_with_what_is_right(
+    connect: Connect, live: Live
+) -> None:
+    @datadivr.websocket_handler("go")
+    async def go(message: WebSocketMessage[str]) -> None:
+        await datadivr.join_room(message.from_id, message.payload)
+
+    client = connect()
+    answer = ask(client, "go", payload="a b", id=1)
+    assert answer["payload"] == {"code": "refused", "event_name": "go", "status": 422}
+    assert answer["message"].startswith("expected a room's name of 1 to 100 characters")
+    assert answer["id"] == 1
+
+
+def test_a_sum_of_something_else_is_logged(records: Records, connect: Connect, live: Live) -> None:
+    ask(connect(), "sum_event", payload="x")
+    (logged,) = records.named("invalid_payload")
+    assert logged["event_name"] == "sum_event"
 
 
 mark_section("handlers")
@@ -4818,6 +4852,20 @@ def test_the_cost_of_many_rooms_of_one_grows_as_their_number_does(loop: FakeLoop
         return time.process_time() - start
 
     assert min(seconds(800) for _ in range(9)) < 8 * min(seconds(200) for _ in range(9))
+
+
+@pytest.mark.parametrize("change", ["join_room", "leave_room"])
+def test_a_client_that_a_flush_finds_gone_is_in_no_room(loop: FakeLoop, change: str) -> None:
+    connections = FakeConnection(), FakeConnection()
+    client, other = map(fake_client, connections)
+    datadivr._hub.join_room(client if change == "leave_room" else other, "garden")
+    datadivr._hub.publish("#garden", b"x")
+    datadivr._hub.publish(client.id, b"x")
+    connections[0].closing = True
+    getattr(datadivr._hub, change)(client, "garden")
+    assert client.id not in datadivr.clients
+    members = {member for room in datadivr._hub.rooms.values() for member in room}
+    assert client not in members
 
 
 @pytest.mark.parametrize("name", ["here", "elsewhere"])
