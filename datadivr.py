@@ -759,7 +759,7 @@ class _UvicornConnection:
     websockets. If one is missing, the constructor raises AttributeError before it changes anything.
     """
 
-    __slots__ = ("_protocol", "framing", "is_closing", "receive", "unsent", "write")
+    __slots__ = ("_protocol", "framing", "is_closing", "unsent", "write")
 
     # The parts of uvicorn's protocol (0.50 to 0.54), its transport, and its connection, which is
     # websockets' (13 to 17), that this class uses.
@@ -777,7 +777,6 @@ class _UvicornConnection:
         size = "max_message_size" if hasattr(connection, "max_message_size") else "max_size"
         largest = getattr(connection, size)  # websockets before 16 has the second name
         self._protocol = protocol
-        self.receive: Callable[[], Awaitable[Message]] = protocol.receive
         # Bound, since a flush calls them for every client. uvloop raises where a transport that
         # is closing is asked what is unsent, or written to.
         self.is_closing: Callable[[], bool] = protocol.transport.is_closing
@@ -806,6 +805,10 @@ class _UvicornConnection:
         protocol.resume_writing = MethodType(_resume, protocol)
         limit = _settings().max_buffer_bytes
         protocol.transport.set_write_buffer_limits(limit, limit)
+
+    def receive(self) -> Awaitable[Message]:
+        message: Awaitable[Message] = self._protocol.receive()
+        return message
 
     def close(self, code: int, reason: str) -> None:
         # Without this, websockets would answer the client's close frame with a second one, after
@@ -1595,16 +1598,15 @@ async def authorize_client(websocket: WebSocket) -> None:
 def _warn_of_open_door(websocket: WebSocket) -> None:
     """Warn where everybody in a network may come in."""
     settings = _settings()
-    is_closed = settings.client_token is not None or bool(settings.allowed_origins)
-    with suppress(ValueError):  # the server's address is none: a socket's path, or a test's
+    overrides = getattr(websocket.scope.get("app"), "dependency_overrides", {})
+    is_guarded = settings.client_token is not None or authorize_client in overrides
+    has_chosen = bool(settings.allowed_origins) or _read_state(websocket, "user") is not None
+    if is_guarded or has_chosen or _is_loopback(websocket):
+        return
+    with suppress(ValueError):  # the server has no IP address: it is a socket's path, or a test's
         ipaddress.ip_address((websocket.scope.get("server") or ("",))[0])
-        overrides = getattr(websocket.scope.get("app"), "dependency_overrides", {})
-        is_closed = (
-            is_closed or authorize_client in overrides or _read_state(websocket, "user") is not None
-        )
-        if not is_closed and not _is_loopback(websocket):
-            hint = "anybody on this network can connect; DATADIVR_CLIENT_TOKEN asks for a token"
-            _warn("open_to_the_network", hint=hint)
+        hint = "anybody on this network can connect; DATADIVR_CLIENT_TOKEN asks for a token"
+        _warn("open_to_the_network", hint=hint)
 
 
 async def websocket_endpoint(websocket: WebSocket) -> None:
@@ -2180,11 +2182,12 @@ class App(FastAPI):
             path = scope["path"].removeprefix(scope.get("root_path", "")).removesuffix("/")
             if path == "/ws" and not self._has_additions():
                 websocket = WebSocket(scope, receive, send)
-                host = getattr(scope.get("router"), "dependency_overrides_provider", self)
-                if authorize_client in host.dependency_overrides:  # and this one is mounted there
-                    _warn_of_override(self)
-                try:
-                    await websocket_endpoint(websocket)
+                host = getattr(scope.get("router"), "dependency_overrides_provider", None)
+                if authorize_client in getattr(host, "dependency_overrides", {}):
+                    _warn_of_override(self)  # the host that mounts this application has it
+                try:  # `websocket_endpoint` would be one more coroutine for each client
+                    await authorize_client(websocket)
+                    await handle_connection(websocket)
                 except HTTPException as error:
                     await _answer_refusal(websocket, error)
             else:
