@@ -10862,6 +10862,14 @@ SOCKETIO = '''
     async def relay(session_id, message):
         await server.emit("msg", message)
 
+    @server.on("join")
+    async def join(session_id, room):
+        await server.enter_room(session_id, room)
+
+    @server.on("say")
+    async def say(session_id, message):
+        await server.emit("msg", message, room=message["to"], skip_sid=session_id)
+
     http = FastAPI()
 
     @http.get("/healthz")
@@ -10880,6 +10888,18 @@ class Peer(asyncio.Protocol):
     transport: asyncio.Transport
     upgrade = UPGRADE
     hello = b""
+
+    @staticmethod
+    def to_all(size: int) -> bytes:
+        return text_to_all(size)
+
+    @staticmethod
+    def join(room: str) -> bytes:
+        return masked(json.dumps({"event_name": "join", "payload": room}))
+
+    @staticmethod
+    def to_room(size: int, room: str) -> bytes:
+        return text(size, f"#{room}")
 
     def __init__(self, load: "Load") -> None:
         self.load = load
@@ -10946,6 +10966,18 @@ class SocketIoPeer(BrowserPeer):
     hello = masked("40")
     kinds = (b"40", b"42")
 
+    @staticmethod
+    def to_all(size: int) -> bytes:
+        return masked('42["msg",' + json.dumps({"message": "x" * size}) + "]")
+
+    @staticmethod
+    def join(room: str) -> bytes:
+        return masked(f'42["join","{room}"]')
+
+    @staticmethod
+    def to_room(size: int, room: str) -> bytes:
+        return masked('42["say",' + json.dumps({"to": room, "message": "x" * size}) + "]")
+
 
 class Load:
     """Clients of one server, dealt to its ports in turn, and what they got."""
@@ -10972,10 +11004,10 @@ class Load:
 
     async def join(self, rooms: int) -> None:
         """Deal the clients to rooms in turn, and wait until they are there."""
+        before = self.peers[0].deliveries
         for number, peer in enumerate(self.peers):
-            hello = {"event_name": "join", "payload": str(number % rooms)}
-            peer.transport.write(masked(json.dumps(hello)) + text(0, "all"))
-        await self.until(len(self.peers))
+            peer.transport.write(peer.join(str(number % rooms)) + peer.to_all(0))
+        await self.until(before + len(self.peers))
 
     async def until(self, deliveries: int) -> None:
         """Wait until each client has got so many messages."""
@@ -11000,7 +11032,7 @@ class Load:
         """Have each client send to its room in each round; return the deliveries a second."""
         before = self.peers[0].deliveries
         others = len(self.peers) // rooms - 1
-        frames = [text(size, f"#{number % rooms}") for number in range(len(self.peers))]
+        frames = [peer.to_room(size, str(number % rooms)) for number, peer in enumerate(self.peers)]
         start = time.perf_counter()
         for done in range(1, rounds + 1):
             for peer, frame in zip(self.peers, frames, strict=True):
@@ -11153,40 +11185,50 @@ def test_two_nodes_beside_socketio_and_what_redis_costs_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     need(importlib.util.find_spec("socketio"), "python-socketio")
-    event = masked('42["msg",' + json.dumps({"message": "x" * 64}) + "]")
-    settings: dict[str, tuple[str, int, int, type[Peer], bytes]] = {
-        "two nodes": ("datadivr", 2, 3000, Peer, text_to_all(64)),
-        "two nodes of python-socketio": ("socketio_server", 2, 100, SocketIoPeer, event),
-        "one node with Redis": ("datadivr", 1, 3000, Peer, text_to_all(64)),
-        "one node without": ("datadivr", 1, 3000, Peer, text_to_all(64)),
+    # Each with its nodes, its messages, and its rooms, in which all talk.
+    settings: dict[str, tuple[str, int, int, int]] = {
+        "two nodes": ("with_rooms", 2, 3000, 0),
+        "two nodes of python-socketio": ("socketio_server", 2, 100, 0),
+        "two nodes, 10 rooms": ("with_rooms", 2, 6000, 10),
+        "two nodes of python-socketio, 10 rooms": ("socketio_server", 2, 400, 10),
+        "one node with Redis": ("with_rooms", 1, 3000, 0),
+        "one node without": ("with_rooms", 1, 3000, 0),
     }
     rates: dict[str, list[float]] = {name: [] for name in settings}
 
-    async def run(ports: list[int], messages: int, peer: type[Peer], frame: bytes) -> float:
+    async def run(ports: list[int], app: str, messages: int, rooms: int) -> float:
+        peer = SocketIoPeer if app == "socketio_server" else Peer
         load = Load(*ports, peer=peer)
         await load.connect(200)
         if peer is SocketIoPeer:
             await load.until(1)
-        rate = await load.publish(messages, 16, frame)
+        if rooms:
+            await load.join(rooms)
+            rate = await load.talk_in_rooms(messages // 200, rooms, 64)
+        else:
+            rate = await load.publish(messages, 16, peer.to_all(64))
         await load.close()
         return rate
 
     with RedisServer() as server:
         os.sched_setaffinity(server.popen.pid, PROCESSORS[1:] or PROCESSORS)
         for _ in range(3):
-            for name, (app, nodes, messages, peer, frame) in settings.items():
+            for name, (app, nodes, messages, rooms) in settings.items():
                 url = "" if "without" in name else server.url
                 with contextlib.ExitStack() as stack:
                     pins = [pinned(tmp_path, app, DATADIVR_REDIS_URL=url) for _ in range(nodes)]
                     ports = [stack.enter_context(pin).port for pin in pins]
-                    rates[name].append(asyncio.run(run(ports, messages, peer, frame)))
+                    rates[name].append(asyncio.run(run(ports, app, messages, rooms)))
     medians = {name: statistics.median(found) for name, found in rates.items()}
     ratio = medians["two nodes"] / medians["two nodes of python-socketio"]
+    in_rooms = medians["two nodes, 10 rooms"] / medians["two nodes of python-socketio, 10 rooms"]
     kept = medians["one node with Redis"] / medians["one node without"]
     rows = [(name, f"{rate:,.0f}") for name, rate in medians.items()]
-    report(capsys, ("200 clients, 16 in flight", "deliveries/s"), ("---", "---"), *rows)
-    report(capsys, (f"to python-socketio {ratio:.1f}x", f"with Redis to without {kept:.2f}"))
+    report(capsys, ("200 clients", "deliveries/s"), ("---", "---"), *rows)
+    ratios = f"to python-socketio {ratio:.1f}x, in rooms {in_rooms:.1f}x"
+    report(capsys, (ratios, f"with Redis to without {kept:.2f}"))
     assert ratio > 15
+    assert in_rooms > 5
     assert kept > 0.8
 
 
