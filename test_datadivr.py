@@ -9886,6 +9886,7 @@ def test_the_server_starts_with_what_the_readme_shows(tmp_path: Path) -> None:
         assert http.get(f"http://127.0.0.1:{process.port}/console").status_code == 200
         url = f"http://127.0.0.1:{process.port}/clients"
         assert http.get(url, headers=token).json()["total"] == 0
+        assert http.get(f"http://127.0.0.1:{process.port}").json() == {"detail": "Not Found"}
 
 
 @pytest.mark.parametrize("command", [".venv/bin/python datadivr.py", ".venv/bin/datadivr"])
@@ -9963,7 +9964,7 @@ def tutorial(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
     folder = tmp_path_factory.mktemp("tutorial")
     (folder / ".venv").symlink_to(sys.prefix)
     copy_out(folder, "application")
-    commands = block("sh", "application:app").strip() + " --port {port}"
+    commands = block("sh", "mkdir").strip() + " --port {port}"
     with Process("-ec", commands, program=find("bash"), cwd=folder) as process:
         process.wait_until_up()
         (folder / "static" / "index.html").write_text(block("html", "client.js"))
@@ -9982,6 +9983,8 @@ def test_the_tutorial_shows_what_it_says(tutorial: Process, browser: Browser) ->
     ) as terminal:
         assert terminal.stdin is not None
         assert terminal.stdout is not None
+        assert "`Connected to ws://localhost:8000/ws.`" in README
+        assert f"Connected to ws://127.0.0.1:{port}/ws." in terminal.stdout.readline()
         for typed_line, heard in zip(
             (None, line), re.findall("^< .*", session, re.MULTILINE), strict=True
         ):
@@ -10150,6 +10153,9 @@ def test_a_page_and_a_client_speak_in_a_room_of_the_readme(
         assert answer_to(ada, event_name, **fields)["message"] == text
     told = answer_to(ada, "chat", to="#garden")["payload"]
     assert told == {"code": "not_in_room", "event_name": "chat"}
+    told = answer_to(ada, "leave", payload="a b")
+    assert told["payload"] == {"code": "refused", "status": 422, "event_name": "leave"}
+    assert told["message"].startswith("expected a room's name of 1 to 100 characters")
     for client in (ada, bob):
         assert answer_to(client, "join", payload="garden")["event_name"] == "ok"
     assert answer_to(bob, "leave", payload="garden")["event_name"] == "ok"
@@ -10164,14 +10170,42 @@ def test_a_page_and_a_client_speak_in_a_room_of_the_readme(
     assert "chat" not in {message["event_name"] for message in hear_all(bob)}
 
 
+def test_a_speaker_sees_its_own_line_if_the_handler_broadcasts(
+    live: Live, connect: Connect
+) -> None:
+    (call,) = re.findall(r'`await (broadcast\(create_message\("said", .*?\)\))`', README)
+
+    @datadivr.websocket_handler("say")
+    async def say_in_garden(message: WebSocketMessage) -> None:
+        await eval(call, {**vars(datadivr), "message": message})
+
+    ada, bob, _ = clients = [connect() for _ in range(3)]
+    for client in (ada, bob):
+        run_in_thread(datadivr.join_room(id_of(client), "garden"))
+    say(ada, "say", payload="hello")
+    for client in (ada, bob):
+        assert hear(client) == message_from("server", "said", "#garden", payload="hello")
+    assert [hear_all(client) for client in clients] == [[], [], []]
+
+
 def test_the_readme_tells_who_is_in_a_room(
     recipes: Process, members: list[ClientConnection]
 ) -> None:
     ada, bob, other = members
     ada_id, bob_id = own_id_of(ada), own_id_of(bob)
-    assert answer_to(ada, "enter", payload="hall")["payload"] == {ada_id: None}
-    assert answer_to(bob, "enter", payload="hall")["payload"] == {ada_id: None, bob_id: None}
+
+    def enter(client: ClientConnection) -> Any:
+        return answer_to(client, "enter", payload="hall")["payload"]
+
+    say(ada, "enter", payload="hall")
+    assert hear_event(ada, "came")["payload"] == {ada_id: None}
+    assert hear_event(ada, "here")["payload"] == {"clients": {ada_id: None}, "partial": False}
+    assert enter(bob) == {"clients": {ada_id: None, bob_id: None}, "partial": False}
     assert hear_event(ada, "came")["payload"] == {bob_id: None}
+    for client in (other, bob):  # the other is not in the room, and so has nothing to leave
+        assert answer_to(client, "exit", payload="hall")["event_name"] == "ok"
+    assert hear_event(ada, "went")["payload"] == bob_id
+    assert enter(bob)["clients"] == {ada_id: None, bob_id: None}
     bob.close()
     assert hear_event(ada, "went")["payload"] == bob_id
     heard = {message["event_name"] for message in hear_all(other)}
@@ -10254,9 +10288,10 @@ def test_other_programs_and_routes_of_the_readme_reach_clients(
 def people(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
     """Serve the README's people, with a route that ends the sessions of one of them."""
     folder = tmp_path_factory.mktemp("people")
-    copy_out(folder, "log_in", "person")
+    copy_out(folder, "log_in", "person", "remove")
     code = """
         import log_in
+        import remove
         from datadivr import clients
         from person import app
 
@@ -10317,6 +10352,81 @@ def test_a_private_push_reaches_each_device_of_one_person(people: Process, tmp_p
         assert hear_all(bob) == []
 
 
+def test_a_moderator_removes_a_client(people: Process) -> None:
+    url = f"ws://127.0.0.1:{people.port}/ws"
+    with (
+        dial(url, additional_headers={"Cookie": f"session={ADA}"}) as ada,
+        dial(url, additional_headers={"Cookie": f"session={BOB}"}) as bob,
+    ):
+        bob_id = own_id_of(bob)
+        for client, payload, status in ((bob, bob_id, 403), (ada, "nobody", 404)):
+            told = answer_to(client, "remove", payload=payload)["payload"]
+            assert told == {"code": "refused", "status": status, "event_name": "remove"}
+        assert answer_to(ada, "remove", payload=bob_id)["event_name"] == "ok"
+        assert close_code(bob) == 1008
+        assert own_id_of(ada)
+        with dial(url, additional_headers={"Cookie": f"session={BOB}"}) as again:
+            assert own_id_of(again)
+
+
+def test_the_list_of_clients_is_as_the_readme_shows_it(people: Process) -> None:
+    wait_until(lambda: total(people.port) == 0, "other tests' clients to go")
+    (expected,) = (shown := json.loads(block("json", '"connected_at"')))["clients"]
+    url = f"127.0.0.1:{people.port}"
+    with dial(f"ws://{url}/ws", additional_headers={"Cookie": f"session={ADA}"}) as ada:
+        ada_id = own_id_of(ada)
+        listed = http.get(f"http://{url}/clients", headers=ADMIN).json()
+    assert expected["id"].startswith(expected["node"])
+    changing = ("id", "node", "address", "connected_at")
+    for name in changing:
+        mask = re.sub(r"[0-9a-f]", "0", expected[name]).split(":")[0]
+        assert re.sub(r"[0-9a-f]", "0", listed["clients"][0][name]).split(":")[0] == mask
+        expected[name] = listed["clients"][0][name]
+    assert listed == shown
+    assert expected["id"] == ada_id
+
+
+def test_the_token_that_all_share_is_typed_once(tmp_path: Path, browser: Browser) -> None:
+    (tmp_path / ".venv").symlink_to(sys.prefix)
+    (tmp_path / "static").mkdir()
+    copy_out(tmp_path, "application")
+    html = f'<!doctype html><script type="module">{block("js", "prompt")}</script>'
+    (tmp_path / "static" / "index.html").write_text(html)
+    commands = block("sh", "choose-a-long-one").strip() + " --port {port}"
+    (token,) = re.findall(r"CLIENT_TOKEN=(\S+)", commands)
+    with (
+        Process("-ec", commands, program=find("bash"), cwd=tmp_path) as process,
+        browser.new_context() as context,
+    ):
+        process.wait_until_up()
+        url = f"127.0.0.1:{process.port}"
+        for headers in ({}, {"Authorization": "Bearer wrong"}):
+            with pytest.raises(InvalidStatus) as refused:
+                dial(f"ws://{url}/ws", additional_headers=headers)
+            assert refused.value.response.status_code == 401
+            assert b'"A client token is needed."' in (refused.value.response.body or b"")
+        with dial(f"ws://{url}/ws", additional_headers={"Authorization": f"Bearer {token}"}) as own:
+            assert own_id_of(own)
+        wait_until(lambda: total(process.port) == 0, "that client to go")
+
+        page = context.new_page()
+        answers, errors = ["a space", "wrong", token], list[str]()
+        page.on("dialog", lambda dialog: dialog.accept(answers.pop(0)))
+        page.on("pageerror", lambda error: errors.append(str(error.name)))
+        page.goto(f"http://{url}/")
+        wait_until(lambda: page.evaluate("1") and errors, "the page to fail")
+        assert errors == ["SyntaxError"]
+        page.reload()  # it tries the wrong token three times, and then loads itself again
+        is_kept = f"() => localStorage.getItem('token') === '{token}'"
+        page.wait_for_function(is_kept, timeout=3 * LIMIT * 1000)
+        assert answers == []
+        page.reload()  # and asks no more
+        wait_until(
+            lambda: page.evaluate("1") and process.log.count("client_connected") == 3,
+            "the page to come back",
+        )
+
+
 def test_pages_of_the_readme_ask_the_server_and_one_another(live: Live, browser: Browser) -> None:
     origin = f"http://127.0.0.1:{live.port}"
     code = block("js", '"sum_event"')
@@ -10343,13 +10453,28 @@ def test_the_browser_api_of_the_readme_talks(
         own = page.evaluate("talk().then(({ payload }) => payload)")
         assert {own, client_id} == set(datadivr.clients)
         assert hear_event(client, "chat")["payload"] == {"text": "hi"}
-        assert [text for text in logged if "favicon" not in text][:2] == ["connecting ", "open "]
+        states = [text for text in logged if not text.startswith("Failed to load")]  # its icon
+        assert states[:2] == ["connecting ", "open "]
+        run_in_thread(datadivr.disconnect_client(own))
+        wait_until(
+            lambda: page.evaluate("1") and "closed Disconnected by an administrator" in logged,
+            "the page to be told",
+        )
+        page.evaluate("import('/client.js').then(({ connect }) => { connect(); })")
+        wait_until(lambda: len(datadivr.clients) == 2, "the page to connect again")
 
 
 def test_the_python_clients_of_the_readme_have_their_answers_and_come_back(
     tmp_path: Path, live: Live
 ) -> None:
     pytest.importorskip("websockets.asyncio")  # of version 13
+
+    @datadivr.websocket_handler("$connect")
+    async def pretend(message: WebSocketMessage) -> WebSocketMessage:
+        """Send what another client could, with an id that it has guessed."""
+        to = message.from_id
+        return WebSocketMessage(event_name="fake", payload=0, to=to, from_id="other", id=1)
+
     for name in ("ask", "client"):
         code = block("python", f"# {name}.py").replace("8000", str(live.port))
         (tmp_path / f"{name}.py").write_text(code)
@@ -10447,7 +10572,7 @@ def test_promtool_finds_no_fault_with_the_readmes_rules(tmp_path: Path) -> None:
 def test_the_workers_of_the_readme_are_one_server_and_a_killed_one_leaves_no_gauge(
     tmp_path: Path,
 ) -> None:
-    commands = block("sh", "REDIS")
+    commands = block("sh", "--workers")
     installs = r"\.venv/bin/pip install --quiet -e '\.\[(\w+)\]' && \.venv/bin/uvicorn"
     (extra,) = re.findall(installs, commands)
     assert (
@@ -10486,6 +10611,27 @@ def test_the_workers_of_the_readme_are_one_server_and_a_killed_one_leaves_no_gau
             lambda: metrics(process.port)["clients"] == total(process.port) < len(clients),
             "its gauge to go",
         )
+
+
+def test_servers_on_two_ports_of_the_readme_are_one_server(tmp_path: Path) -> None:
+    commands = block("sh", "--port 8001")
+    ports = [free_port(), free_port()]
+    with RedisServer() as redis_server, contextlib.ExitStack() as stack:
+        numbers = {"6379": redis_server.port, "8001": ports[0], "8002": ports[1]}
+        words = {".venv/bin/uvicorn": find("uvicorn"), "choose-one": TOKEN}
+        for old, new in {**numbers, **words}.items():
+            assert old in commands
+            commands = commands.replace(old, str(new))
+        process = stack.enter_context(
+            Process("-ec", commands, program=find("bash"), cwd=tmp_path, port=ports[1])
+        )
+        for line in ("redis_joined", "running on"):
+            wait_until(lambda line=line: process.log.count(line) == 2, f"two lines {line}", 30)  # type: ignore[misc]
+        first, second = (stack.enter_context(dial(f"ws://127.0.0.1:{port}/ws")) for port in ports)
+        second_id = own_id_of(second)
+        say(second, "m", to="all")
+        assert [hear_event(client, "m")["from_id"] for client in (first, second)] == [second_id] * 2
+        assert total(ports[0]) == total(ports[1]) == 2
 
 
 NGINX = """
