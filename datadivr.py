@@ -20,9 +20,9 @@ Copy it into a project, register handlers, and run ``uvicorn datadivr:app``::
 
 The way of a message through this file: `handle_connection` accepts a client, and `_read_messages`
 reads what the client sends. `parse_message` makes a `WebSocketMessage` of it, and `_handle` runs
-the handler of its event. `_answer` sends what the handler returns, and `_relay` sends a message
+the handler of its event. `_send_answer` sends what that returns, and `_relay` sends a message
 without a handler as it is. `_Hub.publish` adds both to a `_Batch`, which holds the messages of one
-turn of the event loop. After that turn `_Hub.flush` writes the batch to each client at once,
+turn of the event loop, or of a few. Then `_Hub.flush` writes the batch to each client at once,
 through a `_UvicornConnection` or an `_AsgiConnection`. `_OtherNodes` takes the messages to the
 other processes, if there are any.
 """
@@ -441,6 +441,21 @@ def parse_message(data: str | bytes) -> WebSocketMessage:
         raise InvalidMessageFormat(_describe_faults(error)) from None
     except ValueError as error:
         raise InvalidMessageFormat(f"to: {error}"[:500]) from None
+
+
+_event_name: TypeAdapter[Any] = TypeAdapter(_EventName)
+_message_id: TypeAdapter[Any] = TypeAdapter(_MessageId)
+
+
+def _read_about(data: str | bytes) -> WebSocketMessage:
+    """Read the event and the id of what may be no message, as far as they are right."""
+    about = WebSocketMessage.model_construct(event_name="", id=None)
+    with suppress(ValueError, RecursionError):  # it is no JSON
+        found = json.loads(data)  # which takes lone surrogates, as pydantic does not
+        for name, adapter in (("event_name", _event_name), ("id", _message_id)):
+            with suppress(ValidationError, TypeError, KeyError):
+                setattr(about, name, adapter.validate_python(found[name]))
+    return about
 
 
 def _to_list(value: Any) -> Any:
@@ -935,7 +950,7 @@ def _open_connection(websocket: WebSocket) -> _UvicornConnection | _AsgiConnecti
     try:
         return _UvicornConnection(protocol)
     except Exception as error:
-        server = type(protocol).__module__ if protocol is not None else receive.__module__
+        server = type(protocol).__module__ if protocol else getattr(receive, "__module__", "")
         hint = "full speed needs uvicorn's default WebSocket protocol, and its `receive` unwrapped"
         _warn("fanout_through_asgi", server=server, error=repr(error), hint=hint)
     with suppress(Exception):  # uvicorn's protocol for --ws wsproto has what this takes
@@ -971,7 +986,7 @@ class Client:
     messages_sent: int = 0  # to it
     removed_because: str = ""  # a reason that the metrics count, once it is removed
     is_cut_off: bool = False  # by this side, so that what it still sends is ignored
-    large_batch_bytes: int = 0  # of the last batch above the limit: it may have that much more
+    large_batch_bytes: int = 0  # allowed above the limit, until it has read a batch that large
     second_began: float = -math.inf  # for the limit on messages a second
     messages_this_second: int = 0
 
@@ -1003,7 +1018,7 @@ class _Clients(dict[str, Client]):
     """Clients by id, in the order in which they came. Ids compare without case (RFC 9562, 4).
 
     `clients[id]` and `clients.get(id)` find a client that has left, too, until its `$disconnect`
-    handler has run. `in`, `len` and iteration know connected clients alone.
+    handler has run. `in`, `len` and iteration know connected clients alone, `in` by the exact id.
     """
 
     def __init__(self) -> None:
@@ -1155,7 +1170,7 @@ class _Hub:
         loop = asyncio.get_running_loop()
         if loop is self.loop:
             return
-        if clients and not self.loop.is_closed():
+        if (clients or self.arriving) and not self.loop.is_closed():
             hint = "in tests, write `with TestClient(app) as client:`"
             raise RuntimeError(f"clients are connected in another event loop; {hint}")
         if self.loop is not None and self.loop.is_running():
@@ -1179,6 +1194,11 @@ class _Hub:
             other = vars(_connected)["served_by"]
             _warn("served_twice", names=f"{other}, {__name__}", hint="import it under one name")
         nodes.start()
+
+    def enter_if_free(self) -> None:
+        """Move into the running event loop, unless the server runs in another one."""
+        if self.loop is None or not self.loop.is_running():
+            self.enter()
 
     def add(self, client: Client, rooms: Collection[str] = ()) -> None:
         self.flush()  # what was published before it came is not for it
@@ -1277,16 +1297,17 @@ class _Hub:
             sent += count
             sent_bytes += len(frames)
             if is_large:
-                client.large_batch_bytes = len(frames)
+                client.large_batch_bytes = max(client.large_batch_bytes, len(frames))
         self.sent += sent
         self.sent_bytes += sent_bytes
 
     def count_traffic(self) -> None:
         """Add the counts to the metrics: once a second, for each `inc` takes 0.25 microseconds."""
-        _received_total.inc(self.received)
-        _sent_total.inc(self.sent)
-        _bytes_sent_total.inc(self.sent_bytes)
+        received, sent, sent_bytes = self.received, self.sent, self.sent_bytes
         self.received = self.sent = self.sent_bytes = 0
+        _received_total.inc(received)
+        _sent_total.inc(sent)
+        _bytes_sent_total.inc(sent_bytes)
 
     def drop_if_gone_or_slow(self, client: Client) -> bool:
         """Remove a client whose connection has ended, or that does not keep up."""
@@ -1333,8 +1354,6 @@ class _Hub:
         self.batch.edits.pop(client, None)
         client.removed_because = reason
         client.is_cut_off = bool(code)
-        if code and not client.connection.is_closing():
-            client.connection.close(code, text)
         # A client that does not read would keep its socket open for as long as it likes.
         self.loop.call_later(_CLOSE_SECONDS, client.connection.abort)
         _connected.dec()
@@ -1342,6 +1361,8 @@ class _Hub:
         if reason in _ERROR_TYPES:
             _errors_total.labels(reason).inc()
         _log("info", "client_disconnected", reason=reason, **client.log_fields())
+        if code and not client.connection.is_closing():
+            client.connection.close(code, text)  # it raises if a handler's code is not valid
 
 
 _hub = _Hub()
@@ -1381,6 +1402,16 @@ def _send_error(
     client = clients.get(client_id)
     described = {"client_id": client_id} if client is None else client.log_fields()
     _warn(code, error=text, **described, **fields)
+    _tell_error(client_id, code, text, about, payload)
+
+
+def _tell_error(
+    client_id: str,
+    code: str,
+    text: str,
+    about: WebSocketMessage | None = None,
+    payload: Mapping[str, Any] | None = None,
+) -> None:
     error = create_error_message(text, client_id, code, about.id if about is not None else None)
     if about is not None and about.event_name:
         error.payload["event_name"] = about.event_name
@@ -1390,8 +1421,7 @@ def _send_error(
 
 def _send_unknown_recipient(client_id: str, message: bytes) -> None:
     """Tell a client that nobody has the id that its message is addressed to."""
-    about = WebSocketMessage.model_validate_json(message)
-    _send_error(client_id, *_UNKNOWN_RECIPIENT, about)
+    _send_error(client_id, *_UNKNOWN_RECIPIENT, _read_about(message))
 
 
 async def _in_server(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -1503,8 +1533,6 @@ _YIELD_BYTES = 65536  # or 16 messages: after these a client's task lets the oth
 _WEB_SCHEMES = ("http", "https", "ws", "wss")
 # `app.dependency_overrides`, to warn if another application serves the clients.
 _app_overrides: dict[Callable[..., Any], Callable[..., Any]] = {}
-_event_name: TypeAdapter[Any] = TypeAdapter(_EventName)
-_message_id: TypeAdapter[Any] = TypeAdapter(_MessageId)
 
 
 def _is_allowed_origin(text: str, connection: HTTPConnection) -> bool:
@@ -1645,8 +1673,9 @@ async def handle_connection(websocket: WebSocket, subprotocol: str | None = None
             f"expected a set of rooms' names in `websocket.state.rooms`; got {rooms!r}"
         )
     rooms = tuple(map(_check_room, rooms))
-    if subprotocol is None and websocket.scope.get("subprotocols", [])[:1] == ["bearer"]:
-        subprotocol = "bearer"
+    offered = websocket.scope.get("subprotocols", [])
+    if subprotocol is None and offered and offered[0].lower() == "bearer":
+        subprotocol = offered[0]
     _hub.arriving += 1  # or more than DATADIVR_MAX_CLIENTS could come in at once
     try:
         await websocket.accept(subprotocol)
@@ -1742,17 +1771,6 @@ def _exceeds_rate(client: Client, data: str | bytes, limit: int) -> bool:
     return True
 
 
-def _read_about(data: str | bytes) -> WebSocketMessage:
-    """Read the event and the id of what may be no message, as far as they are right."""
-    about = WebSocketMessage.model_construct(event_name="", id=None)
-    with suppress(ValueError, RecursionError):  # it is no JSON
-        found = json.loads(data)  # which takes lone surrogates, as pydantic does not
-        for name, adapter in (("event_name", _event_name), ("id", _message_id)):
-            with suppress(ValidationError, TypeError, KeyError):
-                setattr(about, name, adapter.validate_python(found[name]))
-    return about
-
-
 async def _handle_own(client: Client, event_name: str, payload: str | None = None) -> None:
     """Run the handler of `$connect` or `$disconnect`, if there is one."""
     if (registered := _server_handlers.get(event_name)) is not None:
@@ -1764,11 +1782,14 @@ async def _handle(
     client: Client, message: WebSocketMessage, event_name: str, registered: _Registered
 ) -> None:
     """Run the handler of a client's message, and send what comes of it."""
-    to = message.to
+    to, question_id = message.to, message.id
     # Before Python 3.13 a TaskGroup does not lower this count again.
     cancelled_before = client.task.cancelling()
     try:
-        handled, answer = await _run_handler(registered, message)
+        try:
+            handled, answer = await _run_handler(registered, message)
+        finally:
+            vars(message)["id"] = question_id  # whatever the handler has made of it
         if answer is handled and answer.to == to:
             _relay(client, answer)
         else:
@@ -1799,22 +1820,21 @@ def _relay(client: Client, message: WebSocketMessage) -> None:
         text = "To send to a room, a client must be in it, and allowed to do more than listen."
         _send_error(client.id, "not_in_room", text, message)
         return
-    question_id = message.id
+    sent = message
     is_to_many = is_room or message.to in _EVERYBODY
-    if is_to_many:  # clients count their questions from 1: one could take it for its own
-        vars(message)["id"] = None
-    data = _encode(message)
+    if is_to_many and message.id is not None:  # another client could take the id for its own
+        sent = message.model_copy(update={"id": None})
+    data = _encode(sent)
     limit = _settings().max_message_bytes
     if len(data) > limit:
-        vars(message)["id"] = question_id
         text = (
             f"It would go out with more than {limit} bytes (DATADIVR_MAX_MESSAGE_BYTES): dropped."
         )
         _send_error(client.id, "message_too_big", text, message)
         return
     _publish(message.to, data, client, client.id)
-    if is_to_many and question_id is not None:
-        _send(create_message("ok", None, client.id, id=question_id))
+    if is_to_many and message.id is not None:
+        _send(create_message("ok", None, client.id, id=message.id))
 
 
 def _send_answer(
@@ -1827,7 +1847,7 @@ def _send_answer(
         if answer.to.lower() == client.id and answer.id in (None, question_id):
             answer = answer.model_copy(update={"id": question_id})
             is_answered = True
-        elif answer is message:  # the handler sends it on to somebody else
+        elif answer.id == question_id:  # it is a question of this client alone
             answer = answer.model_copy(update={"id": None})
     if answer is not None:
         _send(answer, client, client.id)
@@ -1846,12 +1866,15 @@ def _send_handler_error(
 @asynccontextmanager
 async def _lifespan(_: FastAPI) -> AsyncIterator[None]:
     _last_resort()
-    _hub.enter()
-    await _hub.nodes.wait_until_known()
+    _hub.enter_if_free()
+    loop = asyncio.get_running_loop()
+    if _hub.loop is loop:
+        await _hub.nodes.wait_until_known()
     try:
         yield
     finally:  # a host's own lifespan may fail at the stop
-        await _hub.nodes.stop()
+        if _hub.loop is loop:
+            await _hub.nodes.stop()
 
 
 router = APIRouter(lifespan=_lifespan)
@@ -1934,8 +1957,7 @@ def _admin_token() -> str:
         # It goes past all loggers: whatever their level, and into nobody's records.
         record = logging.LogRecord("datadivr", logging.CRITICAL, __file__, 0, text, None, None)
         record.datadivr = {"event": text, "token": token, "console": console, "hint": hint}
-        with suppress(OSError):
-            _last_resort().emit(record)
+        _last_resort().emit(record)
     return token
 
 
@@ -1961,7 +1983,7 @@ async def _enter_loop(request: Request) -> None:
     """Do what the lifespan does, where none has run because a host mounts the application."""
     if not _hub.console_path:
         _hub.console_path = f"{request.scope.get('root_path', '')}/console"
-    _hub.enter()
+    _hub.enter_if_free()
 
 
 @asynccontextmanager
@@ -2315,6 +2337,9 @@ class _RedisNodes(_OtherNodes):
         def reply(nodes: int | None) -> None:
             if nodes == 0 and reply_to:
                 _send_unknown_recipient(reply_to, message)
+            elif nodes is None and reply_to:
+                text = "The other nodes cannot be reached now: dropped."
+                _tell_error(reply_to, "redis", text, _read_about(message))
 
         node = self._find_node(to)
         if node is None:
@@ -2471,7 +2496,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8765)
     arguments = vars(parser.parse_args())
     limit = _settings().max_message_bytes
-    uvicorn.run(app, ws_max_size=limit, timeout_graceful_shutdown=5, **arguments)
+    uvicorn.run(app, workers=1, ws_max_size=limit, timeout_graceful_shutdown=5, **arguments)
 
 
 # ---- The browser's client ------------------------------------------------------------------------
