@@ -2647,7 +2647,6 @@ function call(/** @type {Function | undefined} */ callback, /** @type {any[]} */
 
 _files["console.html"] = r"""<!doctype html>
 <html lang="en">
-  <meta charset="utf-8" />
   <meta name="viewport" content="width=device-width, initial-scale=1" />
   <title>datadivr console</title>
   <link rel="icon" href="data:," />
@@ -2671,7 +2670,7 @@ _files["console.html"] = r"""<!doctype html>
       vector-effect: non-scaling-stroke;
     }
     :is(.signed-in #credentials, body:not(.signed-in) :is(#leave, #credentials ~ *)),
-    :is(dialog:not([open]), ul:empty, :is(table:has(td), ul:has(li)) + p) {
+    :is(dialog:not([open]), ul:empty, .alone tr :nth-child(3), :is(table:has(td), ul:has(li)) + p) {
       display: none;
     }
     body {
@@ -2746,6 +2745,9 @@ _files["console.html"] = r"""<!doctype html>
       text-align: left;
       white-space: pre-line;
     }
+    :is(th, td):nth-child(n + 5) {
+      text-align: right;
+    }
     #messages {
       max-height: 28rem;
       overflow: auto;
@@ -2762,15 +2764,11 @@ _files["console.html"] = r"""<!doctype html>
       }
       tr {
         display: grid;
-        grid-template-columns: repeat(auto-fit, minmax(5.25rem, 1fr));
+        grid-template-columns: repeat(auto-fit, minmax(6rem, 1fr));
+        justify-items: start;
       }
       td:not(:first-child, :last-child)::before {
         content: attr(title) "\a";
-      }
-    }
-    @media (width >= 72rem) {
-      :is(th, td):nth-child(n + 5) {
-        text-align: right;
       }
     }
   </style>
@@ -2786,11 +2784,11 @@ _files["console.html"] = r"""<!doctype html>
       <p id="refusal" class="bad" role="alert"></p>
       <button class="primary">Open the console</button>
     </form>
-    <figure class="card" aria-label="Clients connected" data-metric="clients"></figure>
-    <figure class="card" aria-label="Messages in" data-metric="messages_received_total"></figure>
-    <figure class="card" aria-label="Deliveries out" data-metric="messages_sent_total"></figure>
+    <figure class="card" aria-label="Clients connected" id="clients"></figure>
+    <figure class="card" aria-label="Messages in" id="messages_received_total"></figure>
+    <figure class="card" aria-label="Deliveries out" id="messages_sent_total"></figure>
     <section class="card">
-      <h2 id="faults"></h2>
+      <h2>Errors</h2>
       <ul id="errors"></ul>
       <p class="quiet">None</p>
       <p id="scope" class="quiet"></p>
@@ -2799,7 +2797,7 @@ _files["console.html"] = r"""<!doctype html>
       <search id="filter" class="bar">
         <h2 id="count">Clients</h2>
         <label>Address, id, user or room <input id="search" type="search" /></label>
-        <label><input id="slowest" type="checkbox" /> Most unsent bytes first</label>
+        <label><input id="slowest" type="checkbox" /> Slowest first (most unsent bytes)</label>
         <p id="place" class="quiet"></p>
         <button id="previous">Previous</button>
         <button id="next">Next</button>
@@ -2811,10 +2809,10 @@ _files["console.html"] = r"""<!doctype html>
       <h2 id="news" class="whole">Announcement</h2>
       <label>To: all, #room or an id <input id="to" name="to" value="all" required /></label>
       <label>Event name <input id="name" name="event_name" required /></label>
-      <label>Message <input name="message" /></label>
-      <label>Payload, in JSON <input name="payload" /></label>
+      <label>Sentence for people (optional) <input name="message" /></label>
+      <label>Payload, in JSON: text needs "quotes" <input name="payload" /></label>
       <button class="primary">Send</button>
-      <button id="talk" hidden>Send as a client</button>
+      <button id="talk" hidden>Send as this page's client</button>
       <p id="outcome" class="quiet whole" role="status"></p>
     </form>
     <section class="card whole" aria-labelledby="live">
@@ -2833,6 +2831,7 @@ _files["console.html"] = r"""<!doctype html>
   <dialog id="confirmation" class="card" aria-labelledby="question">
     <form class="bar" method="dialog">
       <h2 id="question"></h2>
+      <p>A page with client.js stays away until it is loaded again; other clients may come back.</p>
       <button>Cancel</button>
       <button id="confirm" class="bad">Disconnect</button>
     </form>
@@ -2849,7 +2848,7 @@ _files["console.html"] = r"""<!doctype html>
     const ui = Object.fromEntries([...document.querySelectorAll("[id]")].map((it) => [it.id, it]));
     const root = new URL(location.pathname.endsWith("/") ? ".." : ".", location);
     const rowsPerPage = 20;
-    const columns = "Client,Rooms,Node,Since,In,Out,Unsent bytes,Actions".split(",");
+    const names = "Client,Rooms,Node,Since,Messages in,Messages out,Unsent bytes,Action".split(",");
     const state = {
       token: "",
       timer: 0, // of the next refresh
@@ -2860,13 +2859,13 @@ _files["console.html"] = r"""<!doctype html>
       samples: [], // of /metrics: two minutes back, and the one before
       span: "", // how long that is
       server: null, // to watch messages, by client.js
+      own: null, // what the server answers that client's whoami
       isWatching: false, // or about to
       drawing: 0, // the timer of the next look at what arrived
       arrived: [], // the last 200 messages since that look
       kept: [], // the last 200, from which the list shows what the filter lets through
     };
     const format = (number) => number.toLocaleString([], { maximumFractionDigits: 1 });
-    const shortly = { dateStyle: "short", timeStyle: "short" };
     const roomsOf = ({ rooms = [] }) => rooms.map((room) => `#${room}`); // older nodes have none
     const textOf = (it) => [it.address, it.user, it.id, ...roomsOf(it)].join("\n").toLowerCase();
     const isWanted = ({ name }) => name.includes(ui.wanted.value.toLowerCase());
@@ -2964,6 +2963,7 @@ _files["console.html"] = r"""<!doctype html>
       ui.scope.textContent = Math.abs(own - all) > all / 100 ? text : ""; // some come and go
       const rest = pages.some((page) => page.partial) ? ". Some nodes did not answer." : "";
       ui.count.textContent = `Clients: ${format(all)}${rest}`;
+      ui.table.classList.toggle("alone", new Set(state.clients.map((it) => it.node)).size < 2);
       showClients();
     }
 
@@ -2978,11 +2978,11 @@ _files["console.html"] = r"""<!doctype html>
       }
       while (state.samples[1]?.at <= now.at - 120) state.samples.shift();
       state.samples.push(now);
-      const [{ at, date }] = state.samples; // older, if this page was hidden
+      const [{ at, date, errors }] = state.samples; // older, if this page was hidden
       const isFull = Math.abs(now.at - at - 122) < 3;
       state.span = isFull ? "in two minutes" : `since ${date.toLocaleTimeString()}`;
       document.querySelectorAll("figure").forEach(drawChart);
-      showErrors();
+      showErrors(errors, now.errors);
     }
 
     function ratesOf(metric) {
@@ -2995,9 +2995,8 @@ _files["console.html"] = r"""<!doctype html>
 
     function drawChart(figure) {
       if (!figure.hasChildNodes()) figure.append(ui.chart.content.cloneNode(true));
-      const { metric } = figure.dataset;
-      const unit = metric.endsWith("_total") ? "/s" : "";
-      const values = unit ? ratesOf(metric) : state.samples.map((sample) => sample[metric]);
+      const unit = figure.id.endsWith("_total") ? "/s" : "";
+      const values = unit ? ratesOf(figure.id) : state.samples.map((sample) => sample[figure.id]);
       const most = Math.max(...values);
       const x = (index) => state.samples[index].at - state.samples.at(-1).at;
       const y = (value) => 98 - (90 * value) / (most || 1);
@@ -3008,14 +3007,12 @@ _files["console.html"] = r"""<!doctype html>
       texts.forEach((text, index) => (figure.firstElementChild.children[index].textContent = text));
     }
 
-    function showErrors() {
-      const [{ errors: before }, { errors }] = [state.samples[0], state.samples.at(-1)];
-      ui.faults.textContent = `Errors ${state.span}, and in all`;
+    function showErrors(before, after) {
       ui.errors.replaceChildren();
-      for (const [type, count] of Object.entries(errors)) {
-        const texts = [type, `+${format(Math.max(0, count - (before[type] ?? 0)))}`, format(count)];
-        const spans = texts.map((text) => make("span", {}, text, " "));
-        if (count > 0) ui.errors.append(make("li", { className: "bar" }, spans));
+      for (const [type, count] of Object.entries(after)) {
+        const recent = format(Math.max(0, count - (before[type] ?? 0)));
+        const text = `${type}\n${recent} ${state.span}, ${format(count)} in all`;
+        if (count > 0) ui.errors.append(make("li", {}, text));
       }
     }
 
@@ -3040,15 +3037,16 @@ _files["console.html"] = r"""<!doctype html>
 
     function makeRow(client) {
       const { address, user, id, node, connected_at } = client;
-      const name = [make("strong", {}, address), ` ${user ?? ""}\n`, make("small", {}, id)];
-      const since = new Date(connected_at).toLocaleString([], shortly);
+      const mark = id === state.own?.payload ? " (this page)" : "";
+      const name = [make("strong", {}, address + mark), ` ${user ?? ""}\n`, make("small", {}, id)];
+      const since = new Date(connected_at).toLocaleString();
       const counts = [client.messages_received, client.messages_sent, client.buffered_bytes];
       const write = makeButton("Message", client, () => writeTo(client));
       const remove = makeButton("Disconnect", client, () => disconnect(client));
       const rooms = roomsOf(client).join(" ");
       const cells = [name, rooms, node, since, ...counts.map(format), [write, " ", remove]];
       // A small screen shows the titles in place of the head; an empty cell's would be read for it.
-      const makeCell = (content, n) => make("td", { title: content && columns[n] }, content);
+      const makeCell = (content, n) => make("td", { title: content && names[n] }, content);
       const row = make("tr", {}, cells.map(makeCell));
       row.cells[0].role = "rowheader";
       return row;
@@ -3064,7 +3062,7 @@ _files["console.html"] = r"""<!doctype html>
     }
 
     function disconnect({ id, address }) {
-      ui.question.textContent = `Disconnect ${address}? It may connect again.`;
+      ui.question.textContent = `Disconnect ${address}?`;
       ui.confirmation.showModal();
       ui.confirm.onclick = async () => {
         const answer = request(`clients/${id}`, { method: "DELETE" });
@@ -3075,13 +3073,12 @@ _files["console.html"] = r"""<!doctype html>
 
     async function submit(send) {
       const fields = Object.fromEntries(new FormData(ui.announcement));
-      showOutcome("");
       try {
         const payload = JSON.parse(fields.payload || "null", asTyped);
         showOutcome(await send({ ...fields, message: fields.message || null, payload }));
       } catch (error) {
-        const name = error instanceof SyntaxError ? "payload" : error.cause;
-        showOutcome(error.message, ui.announcement.elements[name]);
+        const hint = error instanceof SyntaxError ? 'In JSON, text needs quotes: "hello". ' : "";
+        showOutcome(hint + error.message, ui.announcement.elements[hint ? "payload" : error.cause]);
       }
     }
 
@@ -3111,12 +3108,13 @@ _files["console.html"] = r"""<!doctype html>
       state.server = connect({ token: ui.ticket.value, onmessage: hear, onstate: showConnection });
     }
 
-    function showConnection(name, reason) {
+    async function showConnection(name, reason) {
       state.isWatching = name === "connecting" || name === "open";
       ui.connection.textContent = [`Connection: ${name}`, reason].filter(Boolean).join(". ");
       ui.watch.textContent = state.isWatching ? "Stop" : "Watch";
       ui.talk.hidden = name !== "open";
       ui.ticket.hidden &&= name !== "refused";
+      if (name === "open") state.own = await state.server.ask("whoami").catch(() => null);
     }
 
     function hear(message) {
@@ -3140,20 +3138,22 @@ _files["console.html"] = r"""<!doctype html>
     function makeItem({ message, moment }) {
       const { event_name, from_id, to, payload } = message;
       const way = `${event_name.padEnd(16)}  ${from_id.padEnd(36)} → ${to.padEnd(8)}`;
-      const text = [message.message, JSON.stringify(payload)].filter(Boolean).join(" ");
-      const line = [moment.toLocaleTimeString(), way, text.slice(0, 100)].join("  ");
+      const text = `${message.message ?? ""}  payload: ${JSON.stringify(payload)}`.trim();
+      const line = [moment.toLocaleTimeString(), way, text.slice(0, 120)].join("  ");
       const pre = make("pre");
       const ontoggle = () => (pre.textContent = JSON.stringify(message, null, 2));
       const details = make("details", { ontoggle }, make("summary", {}, line), pre);
       return make("li", { className: event_name === "error" ? "bad" : "" }, details);
     }
 
-    const names = columns.map((name) => make("th", {}, name));
-    ui.table.createTHead().append(make("tr", {}, names));
+    const heads = names.map((name) => make("th", {}, name));
+    ui.table.createTHead().append(make("tr", {}, heads));
+    ui.messages_sent_total.title = "One message to three clients counts three.";
     ui.rows = Object.assign(ui.table.createTBody(), { id: "rows" });
     window.onhashchange = start;
     ui.credentials.onsubmit = () => signIn(ui.token.value.trim());
     ui.announcement.onsubmit = (event) => submit(event.submitter === ui.talk ? talk : announce);
+    ui.announcement.onclick = ({ target }) => target.type === "submit" && showOutcome("");
     ui.watching.onsubmit = () => watch().catch(({ message }) => showConnection("refused", message));
     ui.leave.onclick = () => signOut("");
     ui.filter.oninput = () => showClients(0);

@@ -9033,7 +9033,7 @@ def test_the_console_shows_the_clients(page: Page, live: Live, connect: Connect)
         host, port = client.local_address
         expect(row.get_by_role("rowheader")).to_have_text(f"{host}:{port} {client_id}")
         expect(row.get_by_role("cell")).to_have_text(
-            ["", client_id[:8], re.compile(r"\d"), "1", "1", "0", "Message Disconnect"]
+            ["", re.compile(r":\d\d:\d\d"), "1", "1", "0", "Message Disconnect"]
         )
     expect(caption(page, "Clients connected")).to_have_text(re.compile("^Clients connected 2 peak"))
     wait_until_live(page)
@@ -9043,6 +9043,9 @@ def test_the_console_draws_rates(page: Page, live: Live, connect: Connect) -> No
     client = connect()
     open_console(page, live.port)
     wait_until_live(page)
+    sentence = "One message to three clients counts three."
+    deliveries = page.get_by_role("figure", name="Deliveries out")
+    expect(deliveries).to_have_accessible_description(sentence)
     line = page.get_by_role("figure", name="Messages in").locator("polyline")
 
     def draws() -> bool:
@@ -9081,13 +9084,13 @@ def test_the_console_says_of_which_time_its_figures_are(page: Page, live: Live) 
     open_console(page, live.port)
     text = caption(page, "Messages in")
     expect(text).to_contain_text(re.compile(r"peak 0/s since \d+:\d\d:\d\d"))
-    expect(page.get_by_role("heading", name=re.compile(r"^Errors since \d"))).to_be_visible()
     fake_figures(page, figures(errors=line.format(5)))
-    expect(page.get_by_role("listitem")).to_have_text(["late +3 5"])
+    error = page.get_by_role("listitem")
+    expect(error).to_have_text([re.compile(r"^late\s3 since \d+:\d\d:\d\d.*, 5 in all$")])
     leap(page, 60)
     leap(page, 60)
     expect(text).to_contain_text("peak 0/s in two minutes")
-    expect(page.get_by_role("heading", name="Errors in two minutes")).to_be_visible()
+    expect(error).to_contain_text("in two minutes, 5 in all")
     leap(page, 600)  # as a page does that was hidden
     expect(text).to_contain_text("peak 0/s since ")
 
@@ -9118,7 +9121,8 @@ def test_the_console_lists_errors_by_type(page: Page, live: Live) -> None:
     named = 'datadivr_errors_total{type="a\\"b\\\\c<b>"} 3.0\n'
     fake_figures(page, figures(errors=named + 'datadivr_errors_total{type="never"} 0.0\n'))
     open_console(page, live.port)
-    expect(page.get_by_role("listitem")).to_have_text(['a"b\\c<b> +0 3'])
+    text = re.compile(r'^a"b\\c<b>\s0 since .*, 3 in all$')
+    expect(page.get_by_role("listitem")).to_have_text([text])
 
 
 def test_the_console_sorts_by_unsent_bytes(page: Page, live: Live) -> None:
@@ -9126,9 +9130,9 @@ def test_the_console_sorts_by_unsent_bytes(page: Page, live: Live) -> None:
     fake_clients(page, clients)
     open_console(page, live.port)
     expect(rows(page).first).to_contain_text("[2001:db8::1]:55555 0")
-    page.get_by_label("Most unsent bytes first").check()
+    page.get_by_label("Slowest first").check()
     expect(rows(page).get_by_role("rowheader").first).to_have_text("[2001:db8::1]:55555 6")
-    expect(rows(page).get_by_role("cell").nth(5)).to_have_text("6")
+    expect(rows(page).get_by_role("cell").nth(4)).to_have_text("6")
 
 
 def test_the_console_finds_a_client_by_address_id_user_or_room(page: Page, live: Live) -> None:
@@ -9175,7 +9179,7 @@ def test_ten_thousand_clients_do_not_hold_up_the_page(page: Page, live: Live) ->
     fake_clients(page, [{"id": "1"}])
     open_console(page, live.port)
     expect(rows(page)).to_have_count(1)
-    page.get_by_label("Most unsent bytes first").check()
+    page.get_by_label("Slowest first").check()
     milliseconds = page.evaluate("""() => {
       const [client] = state.clients;
       state.clients = Array.from({ length: 10000 }, (_, n) => (
@@ -9203,6 +9207,11 @@ def test_the_console_shows_nodes_where_there_are_several(page: Page, live: Live)
     expect(page.get_by_role("columnheader", name="Node")).to_be_visible()
     expect(rows(page).first.get_by_role("cell").nth(1)).to_have_text("aaaaaaaa")
     expect(page.get_by_text("Some nodes did not answer")).to_be_visible()
+    page.unroute(CLIENT_LIST)
+    fake_clients(page, clients[:1])
+    expect(page.get_by_role("columnheader", name="Node")).to_be_hidden()
+    expect(rows(page).get_by_text("aaaaaaaa", exact=True)).to_have_count(2)  # its id, and hidden
+    expect(rows(page).get_by_role("cell").nth(1)).to_have_text(re.compile(r":\d\d:\d\d"))
 
 
 def test_a_small_screen_shows_each_figure_apart(page: Page, live: Live) -> None:
@@ -9217,22 +9226,22 @@ def test_a_small_screen_shows_each_figure_apart(page: Page, live: Live) -> None:
     for width in (320, 390, 768):
         page.set_viewport_size({"width": width, "height": 900})
         assert page.evaluate("document.documentElement.scrollWidth") == width
-        assert 0 < body.evaluate("(body) => body.rows[0].offsetHeight") < 260  # none is squeezed
+        assert 0 < body.evaluate("(body) => body.rows[0].offsetHeight") < 300  # none is squeezed
         texts = body.evaluate(places)
         for (left, right, top, bottom), other in itertools.combinations(texts, 2):
             assert right < other[0] or other[1] < left or bottom <= other[2] or other[3] <= top
 
 
 def test_a_small_screen_shows_every_column_with_its_name(page: Page, live: Live) -> None:
-    fake_clients(page, [{"id": "1", "rooms": ["garden"]}])
+    fake_clients(page, [{"id": "1", "rooms": ["garden"]}, {"id": "2", "node": "b" * 8}])
     page.set_viewport_size({"width": 390, "height": 900})
     open_console(page, live.port)
-    cells = rows(page).locator("td")
+    cells = rows(page).first.locator("td")
     expect(cells).to_have_count(8)
     names = cells.evaluate_all(
         "(cells) => cells.map((cell) => getComputedStyle(cell, '::before').content)"
     )
-    columns = ("Rooms", "Node", "Since", "In", "Out", "Unsent bytes")
+    columns = ("Rooms", "Node", "Since", "Messages in", "Messages out", "Unsent bytes")
     assert names[1:-1] == [f'"{name}\\a "' for name in columns]  # each on a line of its own
     for left, right in (cell.evaluate(SIDES) for cell in cells.all()):
         assert 0 <= left <= right <= 390
@@ -9336,7 +9345,7 @@ def test_an_announcement_from_the_console_reaches_all(
     clients = [connect(), connect()]
     open_console(page, live.port)
     page.get_by_label("Event name").fill(IMAGE)
-    page.get_by_role("textbox", name="Message", exact=True).fill("Hello, all.")
+    page.get_by_label("Sentence for people (optional)").fill("Hello, all.")
     page.get_by_label("Payload").fill('{"n": 12345678901234567890}')
     page.get_by_role("button", name="Send").click()
     expect(page.get_by_text("reached")).to_have_text(f"“{IMAGE}” reached clients: 2.")
@@ -9377,6 +9386,7 @@ def test_an_announcement_from_the_console_reaches_a_room(
 def test_the_console_says_what_is_wrong_with_an_announcement(page: Page, live: Live) -> None:
     faults = [
         ("Payload, in JSON", "{oops", "in JSON at position 1"),
+        ("Payload, in JSON", "hello", 'In JSON, text needs quotes: "hello".'),
         ("To: all, #room or an id", "nobody", "No client with this id is connected."),
         ("Event name", "$connect", "event_name: String should match pattern"),
     ]
@@ -9399,6 +9409,19 @@ def test_the_console_says_what_is_wrong_with_an_announcement(page: Page, live: L
     expect(page.locator("[aria-invalid=true]")).to_have_count(0)
 
 
+def test_an_old_outcome_goes_when_a_field_is_missing(page: Page, live: Live) -> None:
+    open_console(page, live.port)
+    name = page.get_by_label("Event name")
+    button = page.get_by_role("button", name="Send")
+    for pressed, key in ((name, "Enter"), (button, "Space")):
+        name.fill("news")
+        name.press("Enter")
+        expect(page.get_by_text("reached")).to_be_visible()
+        name.fill("")
+        pressed.press(key)
+        expect(page.get_by_text("reached")).to_have_count(0)
+
+
 def watch(page: Page) -> None:
     page.get_by_role("button", name="Watch").click()
     expect(page.get_by_text("Connection: open")).to_be_visible()
@@ -9414,6 +9437,7 @@ def test_the_console_connects_only_when_it_is_asked_to_watch(live: Live, page: P
     assert total(live.port) == 0
     watch(page)
     assert total(live.port) == 1
+    expect(rows(page).get_by_role("rowheader")).to_have_text([re.compile(r"^\S+ \(this page\) ")])
     page.get_by_role("button", name="Stop").click()
     expect(page.get_by_text("Connection: closed")).to_be_visible()
     wait_until(lambda: total(live.port) == 0, "the page's client to go")
@@ -9432,8 +9456,8 @@ def test_the_console_shows_messages_live_and_folded(
     ask(client, "score", to="all", message="Well done.")
     expect(messages(page)).to_have_text(
         [
-            re.compile(rf"\d:\d\d:\d\d.* score +{client_id} → all +Well done. null$"),
-            re.compile(rf"\d:\d\d:\d\d.* chat +{client_id} → all +{{.*onerror"),
+            re.compile(rf"\d:\d\d:\d\d.* score +{client_id} → all +Well done. +payload: null$"),
+            re.compile(rf"\d:\d\d:\d\d.* chat +{client_id} → all +payload: {{.*onerror"),
         ]
     )
     folded = messages(page).nth(1).locator("pre")
@@ -9503,17 +9527,17 @@ def test_the_console_sends_as_a_client(live: Live, page: Page, connect: Connect)
     watch(page)
     page.get_by_label("Event name").fill("hint")
     page.get_by_label("Payload").fill('{"n": 12345678901234567890}')
-    page.get_by_role("button", name="Send as a client").click()
+    page.get_by_role("button", name="Send as this page's client").click()
     expect(page.get_by_text("“hint” is sent.")).to_be_visible()
     heard = hear(client)
     assert heard["payload"] == {"n": 12345678901234567890}
     assert heard["from_id"] in datadivr.clients
     expect(messages(page)).to_have_text([re.compile("hint")])  # to all: to this page too
     page.get_by_label("Payload").fill("{oops")
-    page.get_by_role("button", name="Send as a client").click()
+    page.get_by_role("button", name="Send as this page's client").click()
     expect(page.get_by_label("Payload")).to_have_attribute("aria-invalid", "true")
     page.get_by_role("button", name="Stop").click()
-    expect(page.get_by_role("button", name="Send as a client")).to_be_hidden()
+    expect(page.get_by_role("button", name="Send as this page's client")).to_be_hidden()
 
 
 def test_the_console_asks_for_a_client_token_once_it_is_refused(
@@ -9548,9 +9572,12 @@ def test_a_thousand_messages_a_second_do_not_hold_up_the_page(
     open_console(page, live.port)
     watch(page)
     page.evaluate("""() => {
+      window.drawings = 0;
+      const note = () => { drawings += 1; };
+      new MutationObserver(note).observe(document.querySelector("#messages"), { childList: true });
       window.tasks = [];
-      const note = (list) => tasks.push(...list.getEntries().map(({ duration }) => duration));
-      new PerformanceObserver(note).observe({ type: "longtask" });
+      const add = (list) => tasks.push(...list.getEntries().map(({ duration }) => duration));
+      new PerformanceObserver(add).observe({ type: "longtask" });
       window.frames = [];
       const count = (time) => { frames.push(time); requestAnimationFrame(count); };
       requestAnimationFrame(count); }""")
@@ -9559,7 +9586,9 @@ def test_a_thousand_messages_a_second_do_not_hold_up_the_page(
         say(client, f"m{n}", to="all", payload={"text": "x" * 100})
         time.sleep(max(0, began + n / 1000 - time.monotonic()))
     expect(messages(page).first).to_contain_text("m1499 ")
-    assert page.evaluate("tasks.filter((duration) => duration > 100)") == []
+    # A busy machine adds a long task or two: the page is held up where they are half of the time.
+    assert sum(page.evaluate("tasks")) < 750
+    assert page.evaluate("drawings") < 300  # one for each message would be 1500
     frames = page.evaluate("frames")
     gaps = [after - before for before, after in itertools.pairwise(frames)]
     assert statistics.median(gaps) < 50
@@ -9572,6 +9601,7 @@ def test_the_console_asks_before_it_disconnects(page: Page, live: Live, connect:
     button = rows(page).nth(1).get_by_role("button", name="Disconnect")
     dialog = page.get_by_role("dialog", name=f"Disconnect {host}:{port}?")
     button.click()
+    expect(dialog).to_contain_text("A page with client.js stays away until it is loaded again;")
     dialog.get_by_role("button", name="Cancel").click()
     expect(dialog).to_be_hidden()
     assert ask(goes, "whoami")["event_name"] == "whoami"
