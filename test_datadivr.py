@@ -9926,9 +9926,30 @@ def test_the_readme_names_each_line_of_the_log_from_warnings_on() -> None:
     logged |= set(re.findall(r'\b_log\(\s*"(?:warning|error|critical)",\s*"(\w+)"', source))
     table = README.split("| event | what to do |")[1].split("\n\n")[0]
     described = set(re.findall(r"`([a-z]+(?:_[a-z]+)+)`", table))
-    refusals = {"origin_refused", "unauthorized", "forbidden"}
-    refusals |= {"too_many_clients", "admin_unauthorized", "handler_error"}
-    assert logged == described - refusals
+    errors = set(datadivr._ERROR_TYPES)  # these have a line of the table together
+    assert logged - errors == described - errors
+
+
+def test_all_lines_of_a_worker_but_uvicorns_first_two_are_json(tmp_path: Path) -> None:
+    command = ["-m", "uvicorn", "datadivr:app", "--workers", "2", "--port", "{port}"]
+    with Process(*command, cwd=tmp_path, DATADIVR_LOG_FORMAT="json") as process:
+        wait_until(lambda: process.log.count("startup complete") == 2, "two workers", 30)
+        plain = [line for line in process.log.splitlines() if not line.startswith("{")]
+    texts = [re.sub(r"\W*\[\d+\]|^INFO:\s+", "", line) for line in plain]
+    first_two = ["Started server process", "Waiting for application startup."]
+    assert sorted(texts[2:]) == sorted(2 * first_two)  # the parent has the two before
+    assert "Started parent process" in texts[:2]
+
+
+@pytest.mark.parametrize(("workers", "code"), [((), 3), (("--workers", "2"), 0)])
+def test_a_failed_start_exits_with_the_code_that_the_readme_says(
+    tmp_path: Path, workers: tuple[str, ...], code: int
+) -> None:
+    command = [sys.executable, "-m", "uvicorn", "datadivr:app", *workers]
+    command += ["--port", str(free_port())]
+    wrong = environment(DATADIVR_MAX_CLIENTS="many")
+    done = subprocess.run(command, cwd=tmp_path, env=wrong, capture_output=True, timeout=60)
+    assert done.returncode == code
 
 
 def parameters_of(function: Any) -> str:
@@ -10643,13 +10664,21 @@ def test_the_curl_commands_of_the_readme_do_what_it_says(
     assert hear_all(other) == []
 
 
-def test_promtool_finds_no_fault_with_the_readmes_rules(tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", ["directly", "through nginx"])
+def test_promtool_finds_no_fault_with_the_readmes_rules(tmp_path: Path, way: str) -> None:
     for name in ("prometheus", "alerts"):
         (tmp_path / f"{name}.yml").write_text(block("yaml", f"# {name}.yml"))
+    if way == "through nginx":
+        make_certificate(tmp_path)
+        job = block("yaml", "tls_config").replace(
+            "/etc/ssl/chat.example.pem", str(tmp_path / "certificate.pem")
+        )
+        scrape = tmp_path / "prometheus.yml"
+        scrape.write_text(scrape.read_text().partition("  - job_name")[0] + job)
     command = [find("promtool"), "check", "config", "prometheus.yml"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    assert "4 rules found" in done.stdout
+    assert "5 rules found" in done.stdout
 
 
 def test_the_workers_of_the_readme_are_one_server_and_a_killed_one_leaves_no_gauge(
@@ -10726,24 +10755,22 @@ events {{}}
 http {{
     access_log off;
     {temporary}
-    server {{
-        listen 127.0.0.1:{port};
-        {block}
-    }}
+    {servers}
 }}
 """
 
 
 @contextlib.contextmanager
-def nginx(folder: Path, block: str) -> Iterator[Process]:
-    """Run nginx, as this user, with a block of its configuration."""
+def nginx(folder: Path, server: str, secure_port: int | None = None) -> Iterator[Process]:
+    """Run nginx, as this user, with a `server` block: without TLS, and on another port with it."""
     port = free_port()
+    servers = re.sub(r"listen .*", f"listen 127.0.0.1:{port};", re.sub(r"ssl_.*", "", server))
+    if secure_port is not None:
+        servers += server.replace("listen 443", f"listen 127.0.0.1:{secure_port}")
     kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     temporary = " ".join(f"{kind}_temp_path {folder}/{kind};" for kind in kinds)
     user = "user root root;" if os.geteuid() == 0 else ""
-    configuration = NGINX.format(
-        folder=folder, temporary=temporary, port=port, block=block, user=user
-    )
+    configuration = NGINX.format(folder=folder, temporary=temporary, servers=servers, user=user)
     (folder / "nginx.conf").write_text(configuration)
     command = ["-p", str(folder), "-c", str(folder / "nginx.conf")]
     with Process(*command, program=find("nginx"), port=port, cwd=folder) as proxy:
@@ -10764,15 +10791,14 @@ def test_the_readmes_nginx_passes_websockets_and_addresses_on(
     configure(allowed_origins=("http://app.example",))
     make_certificate(tmp_path)
     secure_port = free_port()
-    secure = block("nginx", "ssl").replace("443", f"127.0.0.1:{secure_port}")
-    configuration += re.sub(r"/etc/ssl/chat.example.(\w+)", rf"{tmp_path}/chat.\1", secure)
+    configuration = re.sub(r"/etc/ssl/chat.example.(\w+)", rf"{tmp_path}/chat.\1", configuration)
     for name, given in (("chat.pem", "certificate.pem"), ("chat.key", "key.pem")):
         (tmp_path / given).rename(tmp_path / name)
     trust = ssl.create_default_context(cafile=tmp_path / "chat.pem")
     (root_path,) = re.findall(r"`--root-path (/live)`", README)
     with (
         Live(root_path=root_path if path != "/" else "") as server,
-        nginx(tmp_path, configuration.replace(":8000", f":{server.port}")) as proxy,
+        nginx(tmp_path, configuration.replace(":8000", f":{server.port}"), secure_port) as proxy,
     ):
         proxy.wait_until_up(f"{path}healthz")
         url = f"127.0.0.1:{proxy.port}{path}"
