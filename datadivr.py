@@ -901,7 +901,8 @@ class _AsgiConnection:
     def unsent(self) -> int:
         if self._transport is None or self._transport.is_closing():
             return self._unsent
-        return self._unsent + int(self._transport.get_write_buffer_size())
+        # What is being sent now is in both.
+        return max(self._unsent, int(self._transport.get_write_buffer_size()))
 
     def write(self, data: bytes) -> None:
         self._unsent += len(data)

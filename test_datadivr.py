@@ -3140,7 +3140,8 @@ def test_an_exception_of_http_is_nothing_where_its_client_has_gone(
     after = metrics(live.port)
     errors = {name for name in after if name.startswith("errors_total")}
     assert [name for name in errors if after[name] != before[name]] == []
-    assert {entry["event"] for entry in logged} <= {"client_connected", "client_disconnected"}
+    usual = {"client_connected", "client_disconnected", "fanout_through_asgi"}
+    assert {entry["event"] for entry in logged} <= usual
 
 
 def test_an_exception_of_http_in_a_connect_handler_is_told_too(
@@ -4399,10 +4400,9 @@ class FanOut(RuleBasedStateMachine):
         self.number = 0
         self.before = self._counted()
 
-    def _counted(self) -> list[float]:
-        datadivr._hub.count_traffic()
-        counters = datadivr._sent_total, datadivr._bytes_sent_total
-        return [counter._value.get() for counter in counters]
+    def _counted(self) -> list[int]:
+        """Return what the hub has still to add to the metrics, which other hubs add to as well."""
+        return [self.hub.sent, self.hub.sent_bytes]
 
     def _message(self, long: bool) -> bytes:
         self.number += 1
@@ -9941,7 +9941,11 @@ def test_all_lines_of_a_worker_but_uvicorns_first_two_are_json(tmp_path: Path) -
     assert "Started parent process" in texts[:2]
 
 
-@pytest.mark.parametrize(("workers", "code"), [((), 3), (("--workers", "2"), 0)])
+@pytest.mark.parametrize(
+    ("workers", "code"),
+    # Older uvicorns start such workers again and again.
+    [((), 3), pytest.param(("--workers", "2"), 0, marks=needs_sansio)],
+)
 def test_a_failed_start_exits_with_the_code_that_the_readme_says(
     tmp_path: Path, workers: tuple[str, ...], code: int
 ) -> None:
