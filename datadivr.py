@@ -1410,7 +1410,7 @@ def _tell_error(
     client_id: str,
     code: str,
     text: str,
-    about: WebSocketMessage | None = None,
+    about: WebSocketMessage | None,
     payload: Mapping[str, Any] | None = None,
 ) -> None:
     error = create_error_message(text, client_id, code, about.id if about is not None else None)
@@ -2192,7 +2192,8 @@ class App(FastAPI):
     """A FastAPI application that serves clients of `/ws` without FastAPI's own stack.
 
     An idle client then takes 20 KB and not 32. If the host adds something that a client passes
-    through, FastAPI's stack serves. A wrapper of the whole application sees clients in both cases.
+    through, FastAPI's stack serves. A wrapper of the whole application sees clients in both cases,
+    but their messages only if it wraps `receive`.
     """
 
     def build_middleware_stack(self) -> ASGIApp:
