@@ -89,6 +89,9 @@ from datadivr import HandlerType, WebSocketMessage
 
 ROOT = Path(__file__).parent
 README = (ROOT / "README.md").read_text()
+SOURCE = Path(__file__).read_text()
+# The rule above a section names the mark that the section's tests get, at the end of this file.
+SECTION = r"^# ---- .*: `pytest -m (\w+)` -+$"
 LIMIT = 10.0  # seconds that anything may take
 TOKEN = "secret"
 ADMIN = {"Authorization": f"Bearer {TOKEN}"}
@@ -108,15 +111,35 @@ Connect = Callable[..., ClientConnection]
 # ---- Helpers -------------------------------------------------------------------------------------
 
 
-def mark_section(name: str) -> None:
-    """Mark the tests since the last section's end as those of a section of the module."""
-    for test_name, test in list(globals().items()):
-        if test_name.lower().startswith("test") and test_name not in marked:
-            marked.add(test_name)
-            globals()[test_name] = getattr(pytest.mark, name)(test)
+promise = pytest.mark.promise  # the README's sentence, or sentences, that a test holds
 
 
-marked = {"TestClient"}  # names of tests that have their mark, and of what is none
+def tests() -> dict[str, Any]:
+    """Return the tests of this file, by their names."""
+    return {name: thing for name, thing in globals().items() if is_test(name, thing)}
+
+
+def is_test(name: str, thing: Any) -> bool:
+    """Tell what pytest takes for a test: `tests` is none, nor is Starlette's TestClient."""
+    return name.startswith("test_") or (
+        name.startswith("Test") and getattr(thing, "__test__", True)
+    )
+
+
+def marks_of(test: Any) -> list[str]:
+    return [mark.name for mark in getattr(test, "pytestmark", ())]
+
+
+def promises() -> Iterator[tuple[str, str]]:
+    """Return each promise of the README's that a test holds, with the test's name."""
+    for name, test in tests().items():
+        for mark in getattr(test, "pytestmark", ()):
+            if mark.name == "promise":
+                yield from ((one_line(text), name) for text in mark.args)
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 # What only newer parts of a project have.
@@ -888,7 +911,7 @@ def chromium() -> Iterator[Browser]:
         browser.close()
 
 
-# ---- Settings and logging ------------------------------------------------------------------------
+# ---- Settings and logging: `pytest -m settings` --------------------------------------------------
 
 
 def test_settings_have_the_defaults_that_the_readme_says() -> None:
@@ -1690,10 +1713,7 @@ def test_a_handler_that_took_anothers_place_is_named_for_debug(tmp_path: Path) -
     assert "handler_replaced" not in silent
 
 
-mark_section("settings")
-
-
-# ---- Messages ------------------------------------------------------------------------------------
+# ---- Messages: `pytest -m messages` --------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -2135,10 +2155,7 @@ def test_a_room_has_any_name_of_up_to_100_characters(
     assert listed == {id_of(member): [room], sender_id: [room]}
 
 
-mark_section("messages")
-
-
-# ---- Handlers ------------------------------------------------------------------------------------
+# ---- Handlers: `pytest -m handlers` --------------------------------------------------------------
 
 
 def test_a_handlers_answer_goes_to_its_to(connect: Connect, server: Process) -> None:
@@ -3237,10 +3254,7 @@ def test_a_sum_of_something_else_is_logged(records: Records, connect: Connect, l
     assert logged["event_name"] == "sum_event"
 
 
-mark_section("handlers")
-
-
-# ---- Metrics -------------------------------------------------------------------------------------
+# ---- Metrics: `pytest -m metrics` ----------------------------------------------------------------
 
 
 def test_every_series_is_there_from_the_start() -> None:
@@ -3511,10 +3525,7 @@ def test_a_gauge_counts_the_rooms_that_have_members_here(connect: Connect, live:
     assert re.findall(r"^datadivr_rooms.*$", text, re.MULTILINE) == ["datadivr_rooms 0.0"]
 
 
-mark_section("metrics")
-
-
-# ---- Frames --------------------------------------------------------------------------------------
+# ---- Frames: `pytest -m frames` ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("length", [0, 125, 126, 65535, 65536])
@@ -3557,10 +3568,7 @@ def test_a_message_is_compressed_from_the_shortest_length_on(length: int, first:
     assert datadivr._frame_compressed(b"x" * length)[0] == first
 
 
-mark_section("frames")
-
-
-# ---- Connections ---------------------------------------------------------------------------------
+# ---- Connections: `pytest -m connections` --------------------------------------------------------
 
 
 @pytest.mark.parametrize("code", [1000, 1009, 1012])
@@ -4105,10 +4113,7 @@ def test_no_data_follows_a_close_frame_of_a_handlers(
     assert frames == [(0x88, struct.pack("!H", 4000) + b"bye")]
 
 
-mark_section("connections")
-
-
-# ---- Clients -------------------------------------------------------------------------------------
+# ---- Clients: `pytest -m clients` ----------------------------------------------------------------
 
 
 def test_messages_over_the_rate_are_dropped_with_one_error_a_second(
@@ -4252,10 +4257,7 @@ def test_a_clients_rooms_are_a_frozen_set_until_its_disconnect_has_run(
     assert [client["id"] for client in listed["clients"]] == [other_id]
 
 
-mark_section("clients")
-
-
-# ---- Fan-out -------------------------------------------------------------------------------------
+# ---- Fan-out: `pytest -m fanout` -----------------------------------------------------------------
 
 
 def test_a_message_to_all_reaches_its_sender_too(connect: Connect, server: Process) -> None:
@@ -5256,10 +5258,7 @@ def test_ids_compare_without_case(connect: Connect, server: Process) -> None:
         receiver.recv(timeout=LIMIT)
 
 
-mark_section("fanout")
-
-
-# ---- The WebSocket endpoint ----------------------------------------------------------------------
+# ---- The WebSocket endpoint: `pytest -m endpoint` ------------------------------------------------
 
 
 def test_connect_and_disconnect_handlers_run_for_each_client(connect: Connect, live: Live) -> None:
@@ -6009,10 +6008,7 @@ def test_whoever_goes_leaves_all_rooms(connect: Connect, server: Process) -> Non
         assert [client["id"] for client in listed["clients"]] == expected
 
 
-mark_section("endpoint")
-
-
-# ---- The admin API -------------------------------------------------------------------------------
+# ---- The admin API: `pytest -m admin` ------------------------------------------------------------
 
 
 def test_the_list_pages_through_ten_thousand_clients(api: httpx.Client, logged: list[Any]) -> None:
@@ -6591,10 +6587,7 @@ def test_an_id_is_the_same_in_whatever_case_it_is_written(
     assert close_code(client) in (1008, 1006)  # granian loses the close frame
 
 
-mark_section("admin")
-
-
-# ---- The application -----------------------------------------------------------------------------
+# ---- The application: `pytest -m application` ----------------------------------------------------
 
 
 @needs_refusals
@@ -6817,10 +6810,7 @@ def test_an_override_of_an_application_that_does_not_serve_is_named_once(
     assert [str(serving) in str(name) for name in told] == [True] * (serving is not None)
 
 
-mark_section("application")
-
-
-# ---- Cluster -------------------------------------------------------------------------------------
+# ---- Cluster: `pytest -m cluster` ----------------------------------------------------------------
 
 
 class RedisServer:
@@ -8182,10 +8172,7 @@ def test_three_nodes_share_rooms_questions_and_lists(pair: Pair, cluster: Cluste
         assert {client["id"] for client in page["clients"]} == set(ids[:2])
 
 
-mark_section("cluster")
-
-
-# ---- Running it ----------------------------------------------------------------------------------
+# ---- Running it: `pytest -m running` -------------------------------------------------------------
 
 
 def test_the_documented_program_runs_and_replaces_the_sum_handler(tmp_path: Path) -> None:
@@ -8310,10 +8297,7 @@ def test_sigterm_closes_every_client_and_ends_in_time_with_stalled_ones_connecte
     assert "Traceback" not in process.log
 
 
-mark_section("running")
-
-
-# ---- The browser's client ------------------------------------------------------------------------
+# ---- The browser's client: `pytest -m client` ----------------------------------------------------
 
 
 HEALTHY = '{"status": "ok"}'
@@ -8960,10 +8944,7 @@ def test_the_client_serves_node_where_a_failed_attempt_has_no_close(
     assert json.loads(done.stdout) == [["connecting", "open", "closed"], 3, "unknown_recipient"]
 
 
-mark_section("client")
-
-
-# ---- The console's page --------------------------------------------------------------------------
+# ---- The console's page: `pytest -m console` -----------------------------------------------------
 
 
 expect.set_options(timeout=LIMIT * 1000)
@@ -9863,10 +9844,24 @@ def test_axe_finds_nothing(live: Live, connect: Connect, browser: Browser) -> No
         assert violations(looks[::3]) == []
 
 
-mark_section("console")
+# ---- The README: `pytest -m readme` --------------------------------------------------------------
 
 
-# ---- The README ----------------------------------------------------------------------------------
+def test_each_promise_stands_in_the_readme() -> None:
+    readme = one_line(README)
+    missing = [(text, name) for text, name in promises() if not text or text not in readme]
+    assert list(promises())
+    assert not missing
+
+
+def test_each_test_has_the_mark_of_its_section() -> None:
+    sections = set(re.findall(SECTION, SOURCE, re.MULTILINE))
+    marks = {
+        name: [mark for mark in marks_of(test) if mark in sections]
+        for name, test in tests().items()
+    }
+    assert {name: found for name, found in marks.items() if len(found) != 1} == {}
+    assert sections == {mark for (mark,) in marks.values()}
 
 
 def test_each_block_of_the_readme_has_a_language_that_is_tested() -> None:
@@ -9900,7 +9895,7 @@ def test_ci_runs_the_two_commands_at_the_top() -> None:
 
 def test_the_benchmarks_are_there_to_be_run() -> None:
     (marker,) = re.findall(r"`\.venv/bin/pytest -m (\w+)`", README)
-    assert marker in {mark.name for mark in test_each_mix_beside_the_tutorials_pattern.pytestmark}  # type: ignore[attr-defined]
+    assert marker in marks_of(test_each_mix_beside_the_tutorials_pattern)
 
 
 def test_the_message_of_the_readme_is_one_with_all_its_keys() -> None:
@@ -9997,6 +9992,10 @@ def test_the_server_starts_with_what_the_readme_shows(tmp_path: Path) -> None:
         assert http.get(f"http://127.0.0.1:{process.port}").json() == {"detail": "Not Found"}
 
 
+@promise(
+    """There are more ways to run the file: `uv run datadivr.py`, `.venv/bin/python datadivr.py` and
+    `.venv/bin/datadivr` serve on 127.0.0.1:8765, or on `--host` and `--port`."""
+)
 @pytest.mark.parametrize("command", [".venv/bin/python datadivr.py", ".venv/bin/datadivr"])
 def test_each_way_to_run_it_serves(tmp_path: Path, command: str) -> None:
     assert f"`{command}`" in README
@@ -11042,9 +11041,6 @@ def test_a_lobby_of_tables_works_on_two_nodes(
         assert sorted(client["user"] for client in page_of["clients"]) == ["Bob", "Cyd", "Mo"]
 
 
-mark_section("readme")
-
-
 # ---- Benchmarks: `pytest -m benchmark` -----------------------------------------------------------
 #
 # Each server runs in a process of its own, on one processor where there are two, and this process
@@ -11371,7 +11367,6 @@ MIXES = {
 }
 
 
-@pytest.mark.benchmark
 def test_each_mix_beside_the_tutorials_pattern(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -11414,7 +11409,6 @@ def test_each_mix_beside_the_tutorials_pattern(
     report(capsys, *rows)
 
 
-@pytest.mark.benchmark
 def test_a_message_to_a_room_of_one_beside_one_to_an_id(
     loop: FakeLoop, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -11439,7 +11433,6 @@ def test_a_message_to_a_room_of_one_beside_one_to_an_id(
     assert room < 2 * direct
 
 
-@pytest.mark.benchmark
 def test_two_nodes_beside_socketio_and_what_redis_costs_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -11491,7 +11484,6 @@ def test_two_nodes_beside_socketio_and_what_redis_costs_one(
     assert kept > 0.8
 
 
-@pytest.mark.benchmark
 def test_size_and_arrival_beside_the_tutorials_pattern(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -11537,7 +11529,6 @@ def test_size_and_arrival_beside_the_tutorials_pattern(
     assert ours[0] < theirs[0]
 
 
-@pytest.mark.benchmark
 def test_a_stalled_client_costs_the_others_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -11576,7 +11567,6 @@ def test_a_stalled_client_costs_the_others_nothing(
     assert grown < 2 * limit
 
 
-@pytest.mark.benchmark
 def test_ten_thousand_clients_are_held_at_once(tmp_path: Path) -> None:
     async def run(process: Process) -> None:
         load = Load(process.port)
@@ -11597,7 +11587,6 @@ def test_ten_thousand_clients_are_held_at_once(tmp_path: Path) -> None:
         asyncio.run(run(process))
 
 
-@pytest.mark.benchmark
 def test_clients_that_come_and_go_leave_nothing_behind(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -11644,7 +11633,6 @@ def test_clients_that_come_and_go_leave_nothing_behind(
     assert grown < 2 * 1024 * 1024
 
 
-@pytest.mark.benchmark
 def test_a_flood_leaves_the_others_their_latency(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -11675,7 +11663,6 @@ def test_a_flood_leaves_the_others_their_latency(
     assert p99 < 0.020
 
 
-@pytest.mark.benchmark
 @pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
 def test_large_messages_to_many_clients_share_their_memory(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], loop: str
@@ -11701,3 +11688,34 @@ def test_large_messages_to_many_clients_share_their_memory(
         grown = asyncio.run(run(process))
     report(capsys, (f"100 messages of 1 MB to 500 clients, {loop}", f"{grown:+,} bytes"))
     assert grown < 64 * 1024 * 1024
+
+
+# ---- The marks of the sections -------------------------------------------------------------------
+
+
+def mark_the_tests() -> None:
+    """Give each test the mark of the section that it stands in."""
+    marking: Callable[[Any], Any] | None = None
+    for line in SOURCE.splitlines():
+        if line.startswith("# ---- "):
+            found = re.match(SECTION, line)
+            marking = getattr(pytest.mark, found[1]) if found else None
+        name = re.match(r"(?:async def |def |class |)([Tt]est\w+)\b", line)
+        if marking and name and name[1] in tests():
+            globals()[name[1]] = marking(globals()[name[1]])
+
+
+def print_promises() -> None:
+    """Print a table of the README's promises and the tests that hold each."""
+    held: dict[str, list[str]] = {}
+    for promised, test in promises():
+        held.setdefault(promised, []).append(f"`{test}`")
+    print("| promise | tests |", "| --- | --- |", sep="\n")
+    for promised, names in held.items():
+        print("|", promised.replace("|", r"\|"), "|", ", ".join(names), "|")
+
+
+mark_the_tests()
+
+if __name__ == "__main__":
+    print_promises()
