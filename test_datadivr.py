@@ -102,7 +102,10 @@ os.environ["no_proxy"] = ",".join(
 # Before websockets 15, a client's queue is without a bound.
 UNBOUNDED: Any = {"max_queue": None} if "max_queue" in inspect.signature(dial).parameters else {}
 # Without keep-alive, as if each request had a client of its own, whose TLS set-up takes 50 ms.
-http = httpx.Client(verify=False, limits=httpx.Limits(max_keepalive_connections=0))
+new_client = functools.partial(
+    httpx.Client, verify=False, limits=httpx.Limits(max_keepalive_connections=0)
+)
+http = new_client()
 
 Json = dict[str, Any]
 Connect = Callable[..., ClientConnection]
@@ -114,16 +117,14 @@ Connect = Callable[..., ClientConnection]
 promise = pytest.mark.promise  # the README's sentence, or sentences, that a test holds
 
 
-def tests() -> dict[str, Any]:
+def all_tests() -> dict[str, Any]:
     """Return the tests of this file, by their names."""
     return {name: thing for name, thing in globals().items() if is_test(name, thing)}
 
 
 def is_test(name: str, thing: Any) -> bool:
-    """Tell what pytest takes for a test: `tests` is none, nor is Starlette's TestClient."""
-    return name.startswith("test_") or (
-        name.startswith("Test") and getattr(thing, "__test__", True)
-    )
+    """Tell what pytest takes for a test, which Starlette's TestClient is not."""
+    return name.startswith("test") or (name.startswith("Test") and getattr(thing, "__test__", True))
 
 
 def marks_of(test: Any) -> list[str]:
@@ -132,7 +133,7 @@ def marks_of(test: Any) -> list[str]:
 
 def promises() -> Iterator[tuple[str, str]]:
     """Return each promise of the README's that a test holds, with the test's name."""
-    for name, test in tests().items():
+    for name, test in all_tests().items():
         for mark in getattr(test, "pytestmark", ()):
             if mark.name == "promise":
                 yield from ((one_line(text), name) for text in mark.args)
@@ -174,7 +175,31 @@ def environment(**variables: str) -> dict[str, str]:
     return {**clean, "PYTHONPATH": str(ROOT), "DATADIVR_ADMIN_TOKEN": TOKEN, **variables}
 
 
-class Process:
+class Served:
+    """A server on a port of this machine, and how to reach it."""
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def ws(self) -> str:
+        return f"ws://127.0.0.1:{self.port}/ws"
+
+    @functools.cached_property
+    def api(self) -> httpx.Client:
+        """Return a client of the server's paths that sends the admin token."""
+        return new_client(base_url=self.url, headers=ADMIN)
+
+    def is_left(self) -> bool:
+        """Tell whether no client is connected; `left` waits for those of this process."""
+        return True
+
+
+class Process(Served):
     """A server in a process of its own, its output in `log`."""
 
     def __init__(
@@ -214,10 +239,13 @@ class Process:
         def answers() -> bool:
             assert self.popen.poll() is None, self.log
             with contextlib.suppress(httpx.TransportError):
-                return http.get(f"http://127.0.0.1:{self.port}{path}").status_code == 200
+                return http.get(f"{self.url}{path}").status_code == 200
             return False
 
         wait_until(answers, "the server to start", 30, pause=0.05)  # it needs the processor
+
+    def is_left(self) -> bool:
+        return self.popen.poll() is not None or total(self) == 0
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         self.popen.send_signal(number)
@@ -234,7 +262,7 @@ class Process:
         self.stop(signal.SIGKILL)
 
 
-class Live:
+class Live(Served):
     """A uvicorn in a thread of this process."""
 
     def __init__(self, app: Any = datadivr.app, **options: Any) -> None:
@@ -368,13 +396,13 @@ UPGRADE = (
 )
 
 
-def raw_client(port: int, buffer: int | None = None, extensions: str = "") -> socket.socket:
+def raw_client(server: Served, buffer: int | None = None, extensions: str = "") -> socket.socket:
     """Connect a client that does nothing by itself: it reads only what a test reads."""
     client = socket.socket()
     client.settimeout(LIMIT)
     if buffer:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
-    client.connect(("127.0.0.1", port))
+    client.connect(("127.0.0.1", server.port))
     offer = f"Sec-WebSocket-Extensions: {extensions}\r\n\r\n".encode() if extensions else b"\r\n"
     client.sendall(UPGRADE.removesuffix(b"\r\n") + offer)
     head = b""
@@ -403,16 +431,16 @@ def unframe(data: bytes) -> Iterator[tuple[int, bytes]]:
         data = data[start + length :]
 
 
-def metrics(port: int) -> dict[str, float]:
+def metrics(server: Served) -> dict[str, float]:
     """Scrape the server's own metrics, but for times and histogram buckets."""
-    text = http.get(f"http://127.0.0.1:{port}/metrics").text
+    text = http.get(f"{server.url}/metrics").text
     lines = re.findall(r"^datadivr_(?!\S*(?:_created|_bucket))(\S+) (\S+)$", text, re.MULTILINE)
     return {name: float(value) for name, value in lines}
 
 
-def total(port: int) -> int:
+def total(server: Served) -> int:
     """Ask the server how many clients are connected."""
-    return int(http.get(f"http://127.0.0.1:{port}/clients", headers=ADMIN).json()["total"])
+    return int(server.api.get("/clients").json()["total"])
 
 
 @pytest.fixture
@@ -473,28 +501,32 @@ def shared() -> Iterator[Live]:
 
 
 @pytest.fixture
-def live(shared: Live, registry: None) -> Iterator[Live]:
-    yield shared
+def left(registry: None) -> Iterator[None]:
+    """Wait for the clients of this process to go, once `connect` has closed them."""
+    yield
     wait_until(lambda: not datadivr.clients, "the test's clients to go")
 
 
 @pytest.fixture
-def connect(request: pytest.FixtureRequest) -> Iterator[Connect]:
-    """Connect clients to the test's server and close them at its end."""
-    (name,) = {"server", "scraped"} & set(request.fixturenames) or {"live"}
-    running = request.getfixturevalue(name)
+def live(shared: Live, left: None) -> Live:
+    return shared
+
+
+@pytest.fixture
+def connect(left: None) -> Iterator[Connect]:
+    """Return a function that connects a client to a server; close the clients at the test's end."""
+    servers: list[Served] = []
     with contextlib.ExitStack() as stack:
 
-        def connect(path: str = "/ws", **options: Any) -> ClientConnection:
-            url = f"ws://127.0.0.1:{running.port}{path}"
-            client: ClientConnection = stack.enter_context(
-                dial(url, max_size=None, **UNBOUNDED, **options)
-            )
-            return client
+        def connect(server: Served, path: str = "/ws", **options: Any) -> ClientConnection:
+            servers.append(server)
+            url = server.ws.removesuffix("/ws") + path
+            dialled: ClientConnection = dial(url, max_size=None, **UNBOUNDED, **options)
+            return stack.enter_context(dialled)
 
         yield connect
-    if name == "server":
-        wait_until(lambda: total(running.port) == 0, "the test's clients to go")
+    for server in servers:
+        wait_until(server.is_left, "the test's clients to go")
 
 
 @pytest.fixture
@@ -718,18 +750,16 @@ async def handled(event_name: str, payload: Any) -> WebSocketMessage | None:
     return await datadivr.handle_msg(WebSocketMessage(event_name=event_name, payload=payload))
 
 
-def stall(port: int, client_id: str) -> None:
+def stall(server: Served, client_id: str) -> None:
     """Send to a client that does not read until bytes for it stay unsent."""
     fill = {"event_name": "fill", "payload": "x" * 900_000, "to": client_id}
-    with httpx.Client(base_url=f"http://127.0.0.1:{port}", headers=ADMIN, verify=False) as api:
-        for _ in range(100):
-            api.post("/messages", json=fill)
-            while unsent := api.get(f"/clients/{client_id}").json()["buffered_bytes"]:
-                time.sleep(
-                    0.1
-                )  # the system may still take some: an acknowledgment is delayed by 40 ms
-                if api.get(f"/clients/{client_id}").json()["buffered_bytes"] == unsent:
-                    return
+    for _ in range(100):
+        server.api.post("/messages", json=fill)
+        while unsent := server.api.get(f"/clients/{client_id}").json()["buffered_bytes"]:
+            # The system may still take some: an acknowledgment is delayed by 40 ms.
+            time.sleep(0.1)
+            if server.api.get(f"/clients/{client_id}").json()["buffered_bytes"] == unsent:
+                return
     raise AssertionError("the client reads")
 
 
@@ -1011,7 +1041,7 @@ def test_a_handlers_traceback_is_logged_without_the_payload(
     with Process(*SERVERS["uvicorn"], cwd=tmp_path, **variables) as process:
         process.wait_until_up()
         headers = {"Authorization": "Bearer client-token"}
-        with dial(f"ws://127.0.0.1:{process.port}/ws", additional_headers=headers) as client:
+        with dial(process.ws, additional_headers=headers) as client:
             ask(client, "broken", payload="private matter")
         process.stop()
     assert "RuntimeError: internal detail" in process.log
@@ -1020,27 +1050,26 @@ def test_a_handlers_traceback_is_logged_without_the_payload(
 
 @pytest.mark.parametrize("output", ["/dev/full", "a closed pipe"])
 def test_a_log_that_cannot_be_written_disturbs_nobody(output: str) -> None:
-    port = free_port()
+    there = Served(free_port())
     reader, writer = os.pipe()
     os.close(reader)
     if output == "/dev/full":
         need(Path(output).exists(), output)
         os.close(writer)
         writer = os.open(output, os.O_WRONLY)
-    command = [sys.executable, "-m", "uvicorn", "datadivr:app", "--port", str(port)]
+    command = [sys.executable, "-m", "uvicorn", "datadivr:app", "--port", str(there.port)]
     with subprocess.Popen(
         command, env=environment(), cwd=ROOT, stdout=writer, stderr=subprocess.DEVNULL
     ) as server:
         try:
             with socket.socket() as probe:
-                wait_until(lambda: not probe.connect_ex(("127.0.0.1", port)), "the server")
-            url = f"ws://127.0.0.1:{port}/ws"
-            with dial(url, max_size=None) as client, raw_client(port, buffer=4096) as stalled:
+                wait_until(lambda: not probe.connect_ex(("127.0.0.1", there.port)), "the server")
+            with dial(there.ws, max_size=None) as client, raw_client(there, 4096) as stalled:
                 own_id(stalled)
 
                 def drops() -> bool:
                     ask(client, "fill", payload="x" * 900_000, to="all")
-                    return total(port) == 1
+                    return total(there) == 1
 
                 wait_until(drops, "the slow client to be dropped")
                 client.send('{"event_name": 5}')
@@ -1053,7 +1082,7 @@ def test_a_log_that_cannot_be_written_disturbs_nobody(output: str) -> None:
 def test_the_standard_logging_gets_every_line(
     caplog: pytest.LogCaptureFixture, connect: Connect, live: Live
 ) -> None:
-    client_id = id_of(connect())
+    client_id = id_of(connect(live))
     assert any(client_id in record.getMessage() for record in caplog.records)
 
 
@@ -1128,7 +1157,7 @@ def test_json_logs_have_uvicorns_lines_too(tmp_path: Path) -> None:
     command = SERVERS["uvicorn"]
     with Process(*command, cwd=tmp_path, DATADIVR_LOG_FORMAT="json") as process:
         process.wait_until_up()
-        with dial(f"ws://127.0.0.1:{process.port}/ws") as client:
+        with dial(process.ws) as client:
             ask(client, "broken")
         process.stop()
     # uvicorn writes its first two lines before it runs anything of the module's.
@@ -1357,7 +1386,7 @@ def test_each_line_comes_once_and_in_the_hosts_form_whenever_that_is_set(
 def test_the_level_of_the_hosts_logger_counts_before_the_settings(
     live: Live, connect: Connect, records: Records, caplog: pytest.LogCaptureFixture
 ) -> None:
-    client = connect()
+    client = connect(live)
     levels = []
     for level in (logging.ERROR, logging.DEBUG):
         caplog.set_level(level, logger="datadivr")
@@ -1372,7 +1401,7 @@ def test_the_level_of_the_hosts_logger_counts_before_the_settings(
 def test_a_record_has_its_fields_and_a_line_in_plain_text(
     live: Live, connect: Connect, records: Records
 ) -> None:
-    client_id = id_of(connect())
+    client_id = id_of(connect(live))
     ((record, fields),) = [
         (record, vars(record)["datadivr"])
         for record in records.all
@@ -1415,9 +1444,9 @@ def test_with_json_every_line_of_the_process_is_json_but_for_uvicorns_first_two(
     command = SERVERS["uvicorn"]
     with Process(*command, cwd=tmp_path, DATADIVR_LOG_FORMAT="json") as process:
         process.wait_until_up()
-        with dial(f"ws://127.0.0.1:{process.port}/ws") as client:
+        with dial(process.ws) as client:
             ask(client, "noise")
-        assert http.get(f"http://127.0.0.1:{process.port}/fail").status_code == 500
+        assert http.get(f"{process.url}/fail").status_code == 500
         process.stop()
     first, second, *lines = process.log.splitlines()
     assert first.startswith("INFO:")
@@ -1514,7 +1543,7 @@ def test_a_failed_handler_is_an_error_with_its_exception_once_a_minute_and_event
         async def fail(message: WebSocketMessage, name: str = name) -> None:
             raise LookupError(name)
 
-    client = connect()
+    client = connect(live)
     for name in ("one", "one", "other"):
         ask(client, name)
     told = [record for record in records.all if record.getMessage().startswith("handler_error ")]
@@ -1543,7 +1572,7 @@ def test_a_line_about_a_client_names_its_user_where_that_is_known(
     datadivr.app.dependency_overrides[datadivr.authorize_client] = authorize
     try:
         for path in ("/ws?user=Ada", "/ws"):
-            client = connect(path)
+            client = connect(live, path)
             client.send("5")
             hear(client)
             ask(client, "fail")
@@ -1591,7 +1620,7 @@ def test_nothing_that_is_logged_of_the_input_moves_the_cursor(tmp_path: Path) ->
             with socket.create_connection(("127.0.0.1", process.port), LIMIT) as client:
                 client.sendall(head)
                 assert client.recv(12).startswith(b"HTTP/1.1 ")
-        with dial(f"ws://127.0.0.1:{process.port}/ws") as talker:
+        with dial(process.ws) as talker:
             ask(talker, "keys", payload={evil: "x"})
             ask(talker, "fail", payload=evil)
             ask(talker, "m", to=evil)
@@ -1610,7 +1639,7 @@ def test_a_handler_that_holds_up_the_loop_is_named_once_with_the_seconds(
     async def sleep(message: WebSocketMessage) -> None:
         time.sleep(3)  # noqa: ASYNC251  # the fault that is noticed
 
-    say(connect(), "sleep")
+    say(connect(live), "sleep")
     wait_until(lambda: records.named("loop_blocked"), "the warning")
     ((told),) = records.named("loop_blocked")
     assert 1.5 < told["seconds"] < 6
@@ -1629,7 +1658,7 @@ def test_several_workers_without_redis_each_say_what_they_need() -> None:
 def test_one_process_that_is_watched_by_another_is_not_several() -> None:
     with Process(*["-m", "uvicorn", "datadivr:app", "--reload", "--port", "{port}"]) as process:
         process.wait_until_up()
-        with dial(f"ws://127.0.0.1:{process.port}/ws") as client:
+        with dial(process.ws) as client:
             client_id = id_of(client)
         wait_until(lambda: client_id in process.log, "a line")
         assert "processes_are_apart" not in process.log
@@ -1734,7 +1763,7 @@ def test_a_handler_that_took_anothers_place_is_named_for_debug(tmp_path: Path) -
 def test_a_payload_comes_back_as_it_went_in(
     connect: Connect, server: Process, payload: str
 ) -> None:
-    client = connect()
+    client = connect(server)
     client.send(f'{{"event_name": "echo", "payload": {payload}, "to": "all"}}')
     assert repr(hear(client)["payload"]) == repr(json.loads(payload))
 
@@ -1743,7 +1772,7 @@ def test_a_payload_comes_back_as_it_went_in(
 def test_a_number_that_json_has_no_name_for_becomes_null(
     connect: Connect, server: Process, payload: str
 ) -> None:
-    client = connect()
+    client = connect(server)
     client.send(f'{{"event_name": "echo", "payload": [{payload}], "to": "all"}}')
     assert hear(client)["payload"] == [None]
 
@@ -1751,7 +1780,7 @@ def test_a_number_that_json_has_no_name_for_becomes_null(
 def test_a_relayed_message_has_all_five_keys_and_its_senders_id(
     connect: Connect, server: Process
 ) -> None:
-    client = connect()
+    client = connect(server)
     client_id = id_of(client)
     client.send('{"event_name": "echo", "to": "all", "from_id": "somebody else", "colour": "red"}')
     expected = {
@@ -1765,7 +1794,7 @@ def test_a_relayed_message_has_all_five_keys_and_its_senders_id(
 
 
 def test_a_binary_frame_that_holds_a_message_is_accepted(connect: Connect, server: Process) -> None:
-    client = connect()
+    client = connect(server)
     client.send(b'{"event_name": "double", "payload": 4}')
     assert hear(client)["payload"] == 8
 
@@ -1773,7 +1802,7 @@ def test_a_binary_frame_that_holds_a_message_is_accepted(connect: Connect, serve
 def test_a_message_of_any_size_up_to_the_limit_arrives_whole(
     connect: Connect, server: Process
 ) -> None:
-    sender, receiver = connect(), connect()
+    sender, receiver = connect(server), connect(server)
     for size in (0, 1, 60, 125, 126, 40_000, 65_400, 65_536, 1_000_000):
         say(sender, "big", payload="x" * size)
         assert hear(receiver)["payload"] == "x" * size
@@ -1807,7 +1836,7 @@ def test_a_message_that_grows_beyond_the_limit_is_not_relayed(
     connect: Connect, live: Live, configure: Callable[..., None]
 ) -> None:
     configure(max_message_bytes=10_000)
-    sender, receiver = connect(), connect()
+    sender, receiver = connect(live), connect(live)
     sender_id, numbers = id_of(sender), ",".join(["1e15"] * 1900)
     sender.send(f'{{"event_name": "m", "payload": [{numbers}]}}')
     text = "It would go out with more than 10000 bytes (DATADIVR_MAX_MESSAGE_BYTES): dropped."
@@ -1819,7 +1848,7 @@ def test_nothing_that_is_relayed_exceeds_the_limit(
     connect: Connect, live: Live, configure: Callable[..., None]
 ) -> None:
     configure(max_message_bytes=1000)
-    sender, receiver = connect(), connect()
+    sender, receiver = connect(live), connect(live)
     sender_id = id_of(sender)
     sender.send('{"event_name":"m","payload":""}')
     empty = len(receiver.recv(timeout=LIMIT))
@@ -1844,7 +1873,7 @@ def test_what_a_handler_makes_of_a_message_is_not_limited(
     async def img(message: WebSocketMessage) -> WebSocketMessage:
         return WebSocketMessage(event_name="thumb", payload="x" * 2000, from_id=message.from_id)
 
-    sender, receiver = connect(), connect()
+    sender, receiver = connect(live), connect(live)
     id_of(receiver)
     say(sender, "img")
     assert (heard := hear(receiver))["payload"] == "x" * 2000
@@ -1879,7 +1908,7 @@ def test_a_payload_with_arrays_goes_out_as_lists(
         return None
 
     expected = {"array": [0.5, 2.0], "rows": [{"scalar": 7}, [[1], None]]}
-    assert ask(connect(), "table")["payload"] == expected
+    assert ask(connect(live), "table")["payload"] == expected
 
 
 class Endless:
@@ -1915,7 +1944,7 @@ def test_a_list_that_holds_itself_fails_and_nothing_else_does(connect: Connect, 
     async def endless(message: WebSocketMessage) -> WebSocketMessage:
         return datadivr.create_message("endless", Endless(), message.from_id)
 
-    client = connect()
+    client = connect(live)
     assert ask(client, "endless")["payload"]["code"] == "handler_error"
     assert id_of(client)
 
@@ -1927,7 +1956,7 @@ def test_the_log_says_where_in_a_handlers_answer_it_went_wrong(
     async def rows(message: WebSocketMessage) -> WebSocketMessage:
         return datadivr.create_message("rows", {"rows": [0, object()]}, message.from_id)
 
-    assert ask(connect(), "rows")["payload"]["code"] == "handler_error"
+    assert ask(connect(live), "rows")["payload"]["code"] == "handler_error"
     (record,) = (record for record in records.all if record.exc_info)
     assert record.exc_info is not None
     assert re.search(r"payload\.rows\.1\b.*\bobject\b", str(record.exc_info[1]))
@@ -1962,7 +1991,7 @@ def test_a_field_of_ones_own_does_not_vanish_silently(
         await datadivr.broadcast(answer)
         return None
 
-    assert ask(connect(), "price")["payload"]["code"] == "handler_error"
+    assert ask(connect(live), "price")["payload"]["code"] == "handler_error"
     texts = [str(record.exc_info[1]) for record in records.all if record.exc_info]
     assert [re.findall(r"\b(?:Priced|price|payload)\b", text) != [] for text in texts] == [True]
     assert "payload" in texts[0]
@@ -1976,7 +2005,7 @@ def test_a_subclass_without_fields_of_its_own_goes_out(connect: Connect, live: L
         await datadivr.broadcast(Renamed(to="all"))
         return Typed(event_name="typed", payload=Point(x=3), to="all")
 
-    client = connect()
+    client = connect(live)
     say(client, "subclasses")
     heard = [hear(client) for _ in range(2)]
     assert [(message["event_name"], message["payload"]) for message in heard] == [
@@ -1988,7 +2017,7 @@ def test_a_subclass_without_fields_of_its_own_goes_out(connect: Connect, live: L
 def test_a_message_without_an_id_goes_out_with_the_five_keys_of_old_byte_for_byte(
     connect: Connect, server: Process
 ) -> None:
-    client = connect()
+    client = connect(server)
     client_id = id_of(client)
     keys = '{{"event_name":"{}","payload":{},"to":"{}","from_id":"{}","message":null}}'.format
     client.send('{"event_name": "echo", "payload": 1.50, "to": "all", "id": null}')
@@ -2016,7 +2045,7 @@ def test_a_message_without_an_id_goes_out_with_the_five_keys_of_old_byte_for_byt
 def test_an_id_comes_back_as_it_went_in_as_the_last_key(
     connect: Connect, server: Process, number: str
 ) -> None:
-    client = connect()
+    client = connect(server)
     client_id = id_of(client)
     for event_name, to in (("whoami", "all"), ("silent", "all"), ("nobody hears", client_id)):
         client.send(f'{{"id": {number}, "event_name": "{event_name}", "to": "{to}"}}')
@@ -2033,7 +2062,7 @@ def test_an_id_comes_back_as_it_went_in_as_the_last_key(
 def test_what_cannot_be_an_id_is_an_invalid_message_and_in_no_answer(
     connect: Connect, server: Process, wrong: str
 ) -> None:
-    client = connect()
+    client = connect(server)
     client_id = id_of(client)
     client.send(f'{{"event_name": "double", "payload": 1, "id": {wrong}}}')
     (answer,) = hear_all(client)
@@ -2058,7 +2087,7 @@ def test_what_cannot_be_an_id_is_an_invalid_message_and_in_no_answer(
 def test_an_invalid_message_whose_id_can_be_read_gets_its_one_answer(
     connect: Connect, server: Process, text: str | bytes, number: int | str
 ) -> None:
-    client = connect()
+    client = connect(server)
     client_id = id_of(client)
     client.send(text)
     (answer,) = hear_all(client)
@@ -2070,7 +2099,7 @@ def test_an_invalid_message_whose_id_can_be_read_gets_its_one_answer(
 def test_an_invalid_message_whose_id_cannot_be_read_gets_an_error_without_one(
     connect: Connect, live: Live, text: str
 ) -> None:
-    client = connect()
+    client = connect(live)
     client.send(text)
     (answer,) = hear_all(client)
     assert (answer["payload"]["code"], "id" in answer) == ("invalid_message", False)
@@ -2080,7 +2109,7 @@ def test_a_message_too_big_to_go_out_has_an_answer_with_its_id(
     connect: Connect, live: Live, configure: Callable[..., None]
 ) -> None:
     configure(max_message_bytes=10_000)
-    sender = connect()
+    sender = connect(live)
     numbers = ",".join(["1e15"] * 1900)
     for to in ("others", id_of(sender)):
         sender.send(f'{{"event_name": "m", "payload": [{numbers}], "to": "{to}", "id": 7}}')
@@ -2145,7 +2174,7 @@ GOOD_ROOMS = ["a", "x" * 100, "user:ada", "é漢😀", "all", "others", "a.b-c_d
 def test_a_room_has_any_name_of_up_to_100_characters(
     connect: Connect, server: Process, room: str
 ) -> None:
-    member, sender = connect(), connect()
+    member, sender = connect(server), connect(server)
     assert ask(member, "join", payload=[room], id=1)["event_name"] == "ok"
     assert ask(sender, "join", payload=[room], id=1)["event_name"] == "ok"
     sender_id = id_of(sender)
@@ -2159,7 +2188,7 @@ def test_a_room_has_any_name_of_up_to_100_characters(
 
 
 def test_a_handlers_answer_goes_to_its_to(connect: Connect, server: Process) -> None:
-    client = connect()
+    client = connect(server)
     client_id = id_of(client)
     expected = {
         "event_name": "doubled",
@@ -2172,11 +2201,11 @@ def test_a_handlers_answer_goes_to_its_to(connect: Connect, server: Process) -> 
 
 
 def test_a_plain_function_runs_in_the_thread_pool(connect: Connect, server: Process) -> None:
-    assert ask(connect(), "thread")["payload"] is False
+    assert ask(connect(server), "thread")["payload"] is False
 
 
 def test_a_handler_may_answer_nothing(connect: Connect, server: Process) -> None:
-    client = connect()
+    client = connect(server)
     say(client, "silent")
     assert ask(client, "double", payload=1)["payload"] == 2
 
@@ -2185,7 +2214,7 @@ def test_a_handler_may_answer_nothing(connect: Connect, server: Process) -> None
 def test_a_handler_that_fails_gets_its_sender_an_error_without_internals(
     connect: Connect, server: Process, event_name: str
 ) -> None:
-    client = connect()
+    client = connect(server)
     text = f"The handler of '{event_name}' failed."
     expected = error(id_of(client), "handler_error", text, event_name=event_name)
     assert ask(client, event_name) == expected
@@ -2195,7 +2224,7 @@ def test_a_handler_that_fails_gets_its_sender_an_error_without_internals(
 def test_an_answer_to_others_leaves_out_the_one_who_asked(
     connect: Connect, server: Process
 ) -> None:
-    asker, other = connect(), connect()
+    asker, other = connect(server), connect(server)
     say(asker, "tell_others", payload=1)
     assert hear(other)["event_name"] == "told"
     assert ask(asker, "double", payload=1)["event_name"] == "doubled"
@@ -2204,7 +2233,7 @@ def test_an_answer_to_others_leaves_out_the_one_who_asked(
 def test_a_handler_that_takes_long_holds_up_its_own_client_alone(
     connect: Connect, server: Process
 ) -> None:
-    slow, quick = connect(), connect()
+    slow, quick = connect(server), connect(server)
     say(slow, "slow", payload=0.5)
     say(slow, "double", payload=1)
     assert ask(quick, "double", payload=2)["payload"] == 4
@@ -2214,7 +2243,7 @@ def test_a_handler_that_takes_long_holds_up_its_own_client_alone(
 
 
 def test_whoami_answers_the_clients_own_id(connect: Connect, server: Process) -> None:
-    client = connect()
+    client = connect(server)
     answer = ask(client, "whoami")
     assert answer == {
         "event_name": "whoami",
@@ -2226,7 +2255,7 @@ def test_whoami_answers_the_clients_own_id(connect: Connect, server: Process) ->
 
 
 def test_sum_event_answers_the_sum_as_a_float(connect: Connect, server: Process) -> None:
-    client = connect()
+    client = connect(server)
     answer = ask(client, "sum_event", payload={"numbers": [1, "2", 3.5]})
     assert (answer["event_name"], answer["payload"], answer["from_id"]) == (
         "sum_handler_result",
@@ -2350,7 +2379,7 @@ def test_a_typed_handler_gets_its_payload_validated(
     connect: Connect, live: Live, handler: Callable[[Any], Any], logged: list[Any]
 ) -> None:
     datadivr.websocket_handler("point")(handler)
-    client = connect()
+    client = connect(live)
     client_id = id_of(client)
     assert ask(client, "point", payload={"x": 1, "when": "2026-01-01T00:00:00Z"})["payload"] == 2
     for payload, text in [
@@ -2440,7 +2469,7 @@ def test_a_handlers_own_invalid_message_is_not_its_senders(
     async def own(message: WebSocketMessage) -> None:
         datadivr.parse_message("{}")
 
-    assert ask(connect(), "own")["payload"]["code"] == "handler_error"
+    assert ask(connect(live), "own")["payload"]["code"] == "handler_error"
 
 
 def test_a_decorator_without_parentheses_says_how_it_is_written(registry: None) -> None:
@@ -2587,7 +2616,7 @@ def test_a_payloads_aliases_go_over_the_wire(connect: Connect, live: Live) -> No
         return datadivr.create_message("camel", message.payload, message.from_id)
 
     payload = {"userName": "Ada"}
-    assert ask(connect(), "camel", payload=payload)["payload"] == payload
+    assert ask(connect(live), "camel", payload=payload)["payload"] == payload
 
 
 class Cat(BaseModel, extra="forbid"):
@@ -2625,7 +2654,7 @@ def test_an_answer_about_a_payload_is_short_and_holds_none_of_its_values(
     @datadivr.websocket_handler("pet")
     async def pet(message: WebSocketMessage[Pet]) -> None: ...
 
-    answer = ask(connect(), "pet", payload=payload)
+    answer = ask(connect(live), "pet", payload=payload)
     assert answer["payload"] == {"code": "invalid_payload", "event_name": "pet"}
     assert answer["message"].startswith(("payload", "21 fields are wrong"))
     assert len(answer["message"]) <= 500
@@ -2640,10 +2669,10 @@ def test_a_disconnect_handler_is_told_the_reason(connect: Connect, live: Live) -
     async def went(message: WebSocketMessage) -> None:
         heard.append((message.from_id, message.payload))
 
-    client = connect()
+    client = connect(live)
     client_id = id_of(client)
-    url = f"http://127.0.0.1:{live.port}/clients/{client_id}"
-    assert http.delete(url, headers=ADMIN).status_code == 204
+    url = f"/clients/{client_id}"
+    assert live.api.delete(url).status_code == 204
     assert close_code(client) == 1008
     wait_until(lambda: heard == [(client_id, "admin")], "the handler")
 
@@ -2651,7 +2680,7 @@ def test_a_disconnect_handler_is_told_the_reason(connect: Connect, live: Live) -
 def test_a_message_that_the_default_handler_returns_goes_the_way_it_goes_without_one(
     connect: Connect, live: Live
 ) -> None:
-    sender, other = connect(), connect()
+    sender, other = connect(live), connect(live)
     payload = {"a": [1, 1.5, None, "é"], "b": {}}
 
     def relayed() -> list[Json]:
@@ -2679,7 +2708,7 @@ def test_a_default_handler_drops_and_refuses(connect: Connect, live: Live) -> No
             return None
         return datadivr.create_error_message("Not you.", message.from_id, "forbidden")
 
-    sender, other = connect(), connect()
+    sender, other = connect(live), connect(live)
     sender_id = id_of(sender)
     say(sender, "noise", to="all")
     assert ask(sender, "news", to="all") == error(sender_id, "forbidden", "Not you.")
@@ -2695,7 +2724,7 @@ def test_a_default_handler_runs_for_no_event_that_has_a_handler_and_for_none_of_
     async def default(message: WebSocketMessage) -> None:
         heard.append(message.event_name)
 
-    client = connect()
+    client = connect(live)
     ask(client, "sum_event", payload={"numbers": []})
     say(client, "m")
     id_of(client)
@@ -2711,7 +2740,7 @@ def test_a_default_handlers_payloads_have_the_type_that_it_names(
     async def default(message: WebSocketMessage[int]) -> WebSocketMessage:
         return message
 
-    client = connect()
+    client = connect(live)
     assert ask(client, "m", payload=5, to="all")["payload"] == 5
     assert ask(client, "m", payload="x", to="all")["payload"]["code"] == "invalid_payload"
 
@@ -2723,12 +2752,12 @@ def test_whatever_events_clients_make_up_the_default_handler_has_one_series_and_
     async def default(message: WebSocketMessage) -> None:
         raise RuntimeError
 
-    client = connect()
+    client = connect(live)
     for number in range(5):
         answer = ask(client, f"made-up-{number}")
         assert answer["message"] == "The handler of '$default' failed."
-    assert metrics(live.port)['handler_seconds_count{event_name="$default"}'] >= 5
-    assert not [name for name in metrics(live.port) if "made-up" in name]
+    assert metrics(live)['handler_seconds_count{event_name="$default"}'] >= 5
+    assert not [name for name in metrics(live) if "made-up" in name]
     levels = [entry["log_level"] for entry in logged if entry["event"] == "handler_error"]
     assert levels == ["error", "debug", "debug", "debug", "debug"]
 
@@ -2815,7 +2844,7 @@ def test_a_task_that_fails_in_a_handler_is_its_handlers_error(connect: Connect, 
         task.cancel()
         await task
 
-    client = connect()
+    client = connect(live)
     assert hear(client)["message"] == "The handler of '$connect' failed."
     for name in ("tasks", "cancelled", "tasks"):
         told = ask(client, name)
@@ -2826,7 +2855,7 @@ def test_a_task_that_fails_in_a_handler_is_its_handlers_error(connect: Connect, 
 
 @pytest.mark.parametrize("kind", ["coroutine", "plain"])
 def test_a_handler_that_exits_ends_neither_the_server_nor_its_connection(
-    connect: Connect, registry: None, kind: str
+    registry: None, kind: str
 ) -> None:
     def leave(message: WebSocketMessage) -> None:
         if message.payload == "argparse":
@@ -2838,14 +2867,14 @@ def test_a_handler_that_exits_ends_neither_the_server_nor_its_connection(
 
     datadivr.websocket_handler("leave")(leave if kind == "plain" else leave_in_loop)
     datadivr.websocket_handler("$connect")(leave if kind == "plain" else leave_in_loop)
-    with Live() as live, dial(f"ws://127.0.0.1:{live.port}/ws") as client:
+    with Live() as live, dial(live.ws) as client:
         assert hear(client)["message"] == "The handler of '$connect' failed."
-        before = metrics(live.port)['errors_total{type="handler_error"}']
+        before = metrics(live)['errors_total{type="handler_error"}']
         for payload in (None, 3, "argparse"):
             told = ask(client, "leave", payload=payload)
             assert told["payload"]["code"] == "handler_error"
         assert id_of(client)
-        assert metrics(live.port)['errors_total{type="handler_error"}'] == before + 3
+        assert metrics(live)['errors_total{type="handler_error"}'] == before + 3
 
 
 def test_an_http_exception_of_a_handler_is_an_answer_without_a_traceback(
@@ -2855,7 +2884,7 @@ def test_an_http_exception_of_a_handler_is_an_answer_without_a_traceback(
     async def refuse(message: WebSocketMessage) -> None:
         raise fastapi.HTTPException(403, "Admins alone may do this.")
 
-    client = connect()
+    client = connect(live)
     told = ask(client, "refuse")
     assert (told["event_name"], told["payload"]["code"]) == ("error", "refused")
     assert told["message"] == "Admins alone may do this."
@@ -2918,7 +2947,7 @@ def complete(asker_id: str, message: Json, answer: Json, answered: Json) -> Json
 def test_each_message_with_an_id_gets_exactly_one_answer_with_it(
     connect: Connect, server: Process, message: Json, answer: Json
 ) -> None:
-    asker, other = connect("/in?room=garden&room=shed"), connect("/in?room=garden")
+    asker, other = connect(server, "/in?room=garden&room=shed"), connect(server, "/in?room=garden")
     ids = {"ASKER": id_of(asker), "OTHER": id_of(other)}
 
     def fill(fields: Json) -> Json:
@@ -2936,7 +2965,7 @@ def test_each_message_with_an_id_gets_exactly_one_answer_with_it(
 def test_an_answer_that_has_an_id_of_its_own_keeps_it_and_the_server_says_ok(
     connect: Connect, server: Process
 ) -> None:
-    asker, other = connect(), connect()
+    asker, other = connect(server), connect(server)
     asker_id, other_id = id_of(asker), id_of(other)
     for to, client in ((asker_id, asker), (other_id, other)):
         news: Json = {"event_name": "news", "payload": 1, "to": to, "id": "own"}
@@ -2949,7 +2978,7 @@ def test_an_answer_that_has_an_id_of_its_own_keeps_it_and_the_server_says_ok(
 def test_an_answer_is_the_askers_in_whatever_case_its_id_is_written(
     connect: Connect, server: Process
 ) -> None:
-    asker = connect()
+    asker = connect(server)
     asker_id = id_of(asker)
     news = {"event_name": "news", "payload": 1, "to": asker_id.upper()}
     say(asker, "reply", payload=news, id=7)
@@ -2963,7 +2992,7 @@ def test_an_answer_is_the_askers_in_whatever_case_its_id_is_written(
 def test_clients_ask_one_another_and_the_server_says_nothing(
     connect: Connect, server: Process
 ) -> None:
-    asker, other = connect(), connect()
+    asker, other = connect(server), connect(server)
     asker_id, other_id = id_of(asker), id_of(other)
     for event_name in ("question", "relay"):  # without a handler, and with one that returns it
         say(asker, event_name, to=other_id, id=7)
@@ -2979,7 +3008,7 @@ def test_clients_ask_one_another_and_the_server_says_nothing(
 def test_a_message_relayed_to_many_loses_its_id(
     connect: Connect, server: Process, to: str, event_name: str
 ) -> None:
-    asker, other = connect("/in?room=garden"), connect("/in?room=garden")
+    asker, other = connect(server, "/in?room=garden"), connect(server, "/in?room=garden")
     asker_id = id_of(asker)
     say(asker, event_name, to=to, id=7)
     relayed = message_from(asker_id, event_name, to)
@@ -2990,7 +3019,7 @@ def test_a_message_relayed_to_many_loses_its_id(
 def test_a_message_that_a_handler_forwards_is_answered_once(
     connect: Connect, server: Process
 ) -> None:
-    asker, other = connect(), connect()
+    asker, other = connect(server), connect(server)
     asker_id, other_id = id_of(asker), id_of(other)
     say(asker, "forward", payload=other_id, id=7)
     forwarded = hear(other)
@@ -3004,7 +3033,7 @@ def test_a_message_that_a_handler_forwards_is_answered_once(
 
 
 def test_ok_comes_after_what_its_handler_has_sent(connect: Connect, server: Process) -> None:
-    asker = connect("/in?room=garden")
+    asker = connect(server, "/in?room=garden")
     asker_id = id_of(asker)
     for number in range(3):
         news = {"event_name": "news", "payload": number, "to": "#garden"}
@@ -3023,7 +3052,7 @@ def test_ok_comes_after_what_its_handler_has_sent(connect: Connect, server: Proc
 
 
 def test_an_id_used_twice_is_answered_twice(connect: Connect, server: Process) -> None:
-    asker = connect()
+    asker = connect(server)
     for _ in range(2):
         say(asker, "silent", id=7)
     assert hear_all(asker) == [ok(id_of(asker), 7)] * 2
@@ -3056,12 +3085,10 @@ def test_a_message_that_the_default_handler_gets_is_answered_once(
         refusal = datadivr.create_error_message("No.", message.from_id, "forbidden")
         return {"message": message, "error": refusal}.get(returned)
 
-    asker, other = connect(), connect()
+    asker, other = connect(live), connect(live)
     other_id = id_of(other)
     for client in (asker, other):
-        http.put(
-            f"http://127.0.0.1:{live.port}/clients/{id_of(client)}/rooms/garden", headers=ADMIN
-        )
+        live.api.put(f"/clients/{id_of(client)}/rooms/garden")
     say(asker, "m", to=to.replace("OTHER", other_id), id=7)
     found = with_ids(hear_all(asker))
     told = [(message["payload"] or {}).get("code", message["event_name"]) for message in found]
@@ -3076,8 +3103,8 @@ def test_a_handler_reads_the_id_of_its_message(connect: Connect, live: Live) -> 
     async def read(message: WebSocketMessage[int]) -> WebSocketMessage:
         return datadivr.create_message("read", [message.payload, message.id], message.from_id)
 
-    assert ask(connect(), "read", payload=1, id="a")["payload"] == [1, "a"]
-    assert ask(connect(), "read", payload=1)["payload"] == [1, None]
+    assert ask(connect(live), "read", payload=1, id="a")["payload"] == [1, "a"]
+    assert ask(connect(live), "read", payload=1)["payload"] == [1, None]
 
 
 @pytest.mark.parametrize(
@@ -3105,13 +3132,13 @@ def test_an_exception_of_http_tells_its_client_what_was_refused_and_leaves_no_tr
         raise raised
 
     datadivr.websocket_handler("refuse")(refuse_in_a_thread if plain else refuse)
-    before = metrics(live.port)['errors_total{type="refused"}']
-    client = connect()
+    before = metrics(live)['errors_total{type="refused"}']
+    client = connect(live)
     client_id = id_of(client)
     expected = error(client_id, "refused", text, event_name="refuse", status=status)
     assert ask(client, "refuse") == expected
     assert ask(client, "refuse", id=7) == expected | {"id": 7}
-    assert metrics(live.port)['errors_total{type="refused"}'] - before == 2
+    assert metrics(live)['errors_total{type="refused"}'] - before == 2
     assert not any(entry.get("exc_info") for entry in logged)
     assert "Traceback" not in repr(logged)
 
@@ -3121,7 +3148,7 @@ def test_a_handler_lets_through_what_join_room_raises(connect: Connect, live: Li
     async def invite(message: WebSocketMessage[str]) -> None:
         await datadivr.join_room(message.payload, "garden")
 
-    client = connect()
+    client = connect(live)
     answer = ask(client, "invite", payload="nobody", id=7)
     text = "No client with this id is connected."
     assert answer == error(id_of(client), "refused", text, event_name="invite", status=404, id=7)
@@ -3143,18 +3170,18 @@ def test_an_exception_of_http_is_nothing_where_its_client_has_gone(
         done.set()
         raise fastapi.HTTPException(403, "Gone.")
 
-    before = metrics(live.port)
-    client = connect()
+    before = metrics(live)
+    client = connect(live)
     client_id = id_of(client)
     say(client, "long", id=7)
     assert began.wait(LIMIT)
-    http.delete(f"http://127.0.0.1:{live.port}/clients/{client_id}", headers=ADMIN)
+    live.api.delete(f"/clients/{client_id}")
     left.set()
     assert done.wait(LIMIT)
-    other = connect()
+    other = connect(live)
     assert hear_all(other) == []  # the server has gone on
     wait_until(lambda: client_id not in datadivr.clients.left, "its last handler")
-    after = metrics(live.port)
+    after = metrics(live)
     errors = {name for name in after if name.startswith("errors_total")}
     assert [name for name in errors if after[name] != before[name]] == []
     usual = {"client_connected", "client_disconnected", "fanout_through_asgi"}
@@ -3168,7 +3195,7 @@ def test_an_exception_of_http_in_a_connect_handler_is_told_too(
     async def came(message: WebSocketMessage) -> None:
         raise fastapi.HTTPException(403, "Too early.")
 
-    client = connect()
+    client = connect(live)
     answer = hear(client)
     known = {"event_name": "$connect", "status": 403}
     assert answer == error(id_of(client), "refused", "Too early.", **known)
@@ -3178,7 +3205,7 @@ def test_an_exception_of_http_in_a_connect_handler_is_told_too(
 def test_a_handler_sees_a_message_first_wherever_it_is_addressed(
     connect: Connect, server: Process, to: str
 ) -> None:
-    asker, member = connect(), connect("/in?room=garden")
+    asker, member = connect(server), connect(server, "/in?room=garden")
     answer = ask(asker, "double", payload=2, to=to, id=7)
     assert answer == message_from("server", "doubled", id_of(asker), payload=4, id=7)
     assert hear_all(member) == []
@@ -3187,7 +3214,7 @@ def test_a_handler_sees_a_message_first_wherever_it_is_addressed(
 def test_a_message_has_its_answer_whatever_its_handler_makes_of_its_id(
     connect: Connect, live: Live
 ) -> None:
-    asker, other = connect(), connect()
+    asker, other = connect(live), connect(live)
     asker_id, other_id = id_of(asker), id_of(other)
 
     @datadivr.websocket_handler("forget")
@@ -3224,13 +3251,13 @@ def test_a_close_that_websockets_refuses_is_a_failed_handler_and_leaves_nothing_
     async def bye(message: WebSocketMessage) -> None:
         await datadivr.clients[message.from_id].websocket.close(1008, "x" * 200)
 
-    before = metrics(live.port)
-    client = connect()
+    before = metrics(live)
+    client = connect(live)
     say(client, "bye")
     with pytest.raises(ConnectionClosed):
         hear(client)
     wait_until(lambda: not datadivr.clients, "it to go")
-    after = metrics(live.port)
+    after = metrics(live)
     assert after["clients"] == before["clients"]
 
 
@@ -3241,7 +3268,7 @@ def test_a_wrong_room_that_a_client_chose_is_refused_with_what_is_right(
     async def go(message: WebSocketMessage[str]) -> None:
         await datadivr.join_room(message.from_id, message.payload)
 
-    client = connect()
+    client = connect(live)
     answer = ask(client, "go", payload="a b", id=1)
     assert answer["payload"] == {"code": "refused", "event_name": "go", "status": 422}
     assert answer["message"].startswith("expected a room's name of 1 to 100 characters")
@@ -3249,7 +3276,7 @@ def test_a_wrong_room_that_a_client_chose_is_refused_with_what_is_right(
 
 
 def test_a_sum_of_something_else_is_logged(records: Records, connect: Connect, live: Live) -> None:
-    ask(connect(), "sum_event", payload="x")
+    ask(connect(live), "sum_event", payload="x")
     (logged,) = records.named("invalid_payload")
     assert logged["event_name"] == "sum_event"
 
@@ -3289,19 +3316,19 @@ def test_every_series_is_there_from_the_start() -> None:
 
 
 def test_the_metrics_agree_with_what_was_done(connect: Connect, live: Live) -> None:
-    before = metrics(live.port)
-    sender, receiver = connect(), connect()
+    before = metrics(live)
+    sender, receiver = connect(live), connect(live)
     framing = next(iter(datadivr.clients.values())).connection.framing
     message = WebSocketMessage(event_name="m", from_id=id_of(sender), to="all")
     size = len(framing(datadivr._encode(message)))
     id_of(receiver)
-    middle = metrics(live.port)
+    middle = metrics(live)
     for _ in range(5):
         say(sender, "m", to="all")
     for _ in range(5):
         hear(sender), hear(receiver)
     ask(sender, "x", to="nobody")
-    after = metrics(live.port)
+    after = metrics(live)
 
     def change(name: str, since: dict[str, float]) -> float:
         return after[name] - since.get(name, 0)
@@ -3318,19 +3345,19 @@ def test_the_metrics_agree_with_what_was_done(connect: Connect, live: Live) -> N
 
 
 def test_a_client_cannot_add_a_series(connect: Connect, live: Live) -> None:
-    client = connect()
+    client = connect(live)
     ask(client, "m", to="all")
-    assert not [name for name in metrics(live.port) if 'event_name="m"' in name]
+    assert not [name for name in metrics(live) if 'event_name="m"' in name]
 
 
 def test_the_slowest_client_is_seen_before_it_is_dropped(live: Live) -> None:
-    with raw_client(live.port, 4096) as slow:
+    with raw_client(live, 4096) as slow:
         client_id = own_id(slow)
-        stall(live.port, client_id)
+        stall(live, client_id)
         unsent = datadivr.clients[client_id].buffered_bytes
         assert unsent > 0
-        wait_until(lambda: metrics(live.port)["unsent_bytes_max"] == unsent, "the gauge")
-    wait_until(lambda: metrics(live.port)["unsent_bytes_max"] == 0, "the gauge")
+        wait_until(lambda: metrics(live)["unsent_bytes_max"] == unsent, "the gauge")
+    wait_until(lambda: metrics(live)["unsent_bytes_max"] == 0, "the gauge")
 
 
 def test_a_second_copy_and_a_reload_share_the_series() -> None:
@@ -3370,7 +3397,7 @@ class Scraped(Process):
 
     def query(self, promql: str, **options: float) -> list[float]:
         """Return the values that Prometheus finds."""
-        url = f"http://127.0.0.1:{self.prometheus.port}/api/v1/query"
+        url = f"{self.prometheus.url}/api/v1/query"
         answer = http.get(url, params={"query": promql, **options}).json()
         assert answer["status"] == "success", answer
         return [float(series["value"][1]) for series in answer["data"]["result"]]
@@ -3422,14 +3449,14 @@ def test_prometheus_sees_who_is_connected(both: list[Scraped], protected: bool) 
     scraped = both[protected]
     with contextlib.ExitStack() as stack:
         for _ in range(3):
-            stack.enter_context(raw_client(scraped.port))
+            stack.enter_context(raw_client(scraped))
         wait_until(lambda: scraped.query("datadivr_clients") == [3], "the clients")
     wait_until(lambda: scraped.query("datadivr_clients") == [0], "their end")
 
 
 def test_the_rate_that_prometheus_sees_is_what_was_sent(scraped: Scraped, connect: Connect) -> None:
     promql = dashboard()["Deliveries a second"]
-    sender, *_ = clients = [connect() for _ in range(3)]
+    sender, *_ = clients = [connect(scraped) for _ in range(3)]
     sent: list[float] = []
     end = time.time() + 3.2
     while time.time() < end:
@@ -3449,7 +3476,7 @@ def test_the_rate_that_prometheus_sees_is_what_was_sent(scraped: Scraped, connec
 def test_each_panel_of_the_readmes_dashboard_shows_something(
     scraped: Scraped, connect: Connect
 ) -> None:
-    client = connect()
+    client = connect(scraped)
 
     def shows(promql: str) -> bool:
         ask(client, "double", payload=1)
@@ -3466,10 +3493,8 @@ def test_an_alert_fires_where_a_client_that_does_not_read_is_dropped(scraped: Sc
     (alert,) = re.findall(r"expr: (.*slow_client.*> 0)", README)
     assert scraped.query(alert) == []
     with (
-        raw_client(scraped.port, buffer=4096) as stalled,
-        httpx.Client(
-            base_url=f"http://127.0.0.1:{scraped.port}", headers=ADMIN, verify=False
-        ) as api,
+        raw_client(scraped, buffer=4096) as stalled,
+        httpx.Client(base_url=scraped.url, headers=ADMIN, verify=False) as api,
     ):
         fill = {"event_name": "fill", "payload": "x" * 900_000, "to": own_id(stalled)}
         wait_until(lambda: api.post("/messages", json=fill).status_code == 404, "it to be dropped")
@@ -3478,7 +3503,7 @@ def test_an_alert_fires_where_a_client_that_does_not_read_is_dropped(scraped: Sc
 
 def test_an_alert_fires_where_handlers_fail(scraped: Scraped, connect: Connect) -> None:
     (alert,) = re.findall(r"expr: (rate.*handler_error.*> 0.1)", README)
-    client = connect()
+    client = connect(scraped)
 
     def fires() -> bool:
         for _ in range(20):
@@ -3504,23 +3529,23 @@ def test_the_metrics_do_not_stumble_over_an_accept_header(api: httpx.Client, acc
 
 def test_a_gauge_counts_the_rooms_that_have_members_here(connect: Connect, live: Live) -> None:
     def rooms() -> float:
-        return metrics(live.port)["rooms"]
+        return metrics(live)["rooms"]
 
-    one, other = connect(), connect()
+    one, other = connect(live), connect(live)
     ids = [id_of(one), id_of(other)]
-    url = f"http://127.0.0.1:{live.port}/clients"
+    url = "/clients"
     assert rooms() == 0
     for client_id, room, count in [(0, "a", 1), (1, "a", 1), (1, "b", 2), (1, "b", 2)]:
-        http.put(f"{url}/{ids[client_id]}/rooms/{room}", headers=ADMIN)
+        live.api.put(f"{url}/{ids[client_id]}/rooms/{room}")
         assert rooms() == count
-    http.delete(f"{url}/{ids[1]}/rooms/b", headers=ADMIN)
+    live.api.delete(f"{url}/{ids[1]}/rooms/b")
     assert rooms() == 1
     one.close()
-    wait_until(lambda: total(live.port) == 1, "it to go")
+    wait_until(lambda: total(live) == 1, "it to go")
     assert rooms() == 1
     other.close()
     wait_until(lambda: rooms() == 0, "the last member to go")
-    text = http.get(f"http://127.0.0.1:{live.port}/metrics").text
+    text = http.get(f"{live.url}/metrics").text
     assert "# TYPE datadivr_rooms gauge\n" in text
     assert re.findall(r"^datadivr_rooms.*$", text, re.MULTILINE) == ["datadivr_rooms 0.0"]
 
@@ -3575,7 +3600,7 @@ def test_a_message_is_compressed_from_the_shortest_length_on(length: int, first:
 def test_a_client_does_not_choose_the_reason_that_is_counted(
     live: Live, connect: Connect, ended: Callable[[], dict[str, float]], code: int
 ) -> None:
-    connect().close(code)
+    connect(live).close(code)
     wait_until(lambda: ended() == {"client": 1}, "its end")
 
 
@@ -3585,7 +3610,7 @@ def test_a_message_over_uvicorns_own_limit_is_counted(
 ) -> None:
     errors = datadivr._errors_total.labels("message_too_big")
     before = errors._value.get()
-    with Live(ws_max_size=1000) as live, raw_client(live.port) as client:
+    with Live(ws_max_size=1000) as live, raw_client(live) as client:
         client.sendall(masked("x" * 1001))
         wait_until(lambda: ended() == {"message_too_big": 1}, "its end")
     assert errors._value.get() - before == 1
@@ -3594,7 +3619,7 @@ def test_a_message_over_uvicorns_own_limit_is_counted(
 @needs_sansio
 def test_clients_that_the_stop_closed_are_counted(ended: Callable[[], dict[str, float]]) -> None:
     with contextlib.ExitStack() as afterwards, Live() as live:
-        afterwards.enter_context(raw_client(live.port))
+        afterwards.enter_context(raw_client(live))
         wait_until(lambda: datadivr.clients, "the client")
     assert ended() == {"server_stop": 1}
 
@@ -3604,8 +3629,8 @@ def test_a_stop_after_a_stalled_clients_own_close_is_clean(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with contextlib.ExitStack() as afterwards, Live() as live:
-        stalled = afterwards.enter_context(raw_client(live.port, buffer=4096))
-        stall(live.port, own_id(stalled))
+        stalled = afterwards.enter_context(raw_client(live, buffer=4096))
+        stall(live, own_id(stalled))
         stalled.sendall(b"\x88\x80\0\0\0\0")
         wait_until(lambda: not datadivr.clients, "its end")
     assert "InvalidState" not in caplog.text
@@ -3613,7 +3638,7 @@ def test_a_stop_after_a_stalled_clients_own_close_is_clean(
 
 def test_another_server_gets_the_adapter_and_one_warning(server: Process, connect: Connect) -> None:
     for _ in range(2):
-        id_of(connect())
+        id_of(connect(server))
     log = " ".join(server.popen.args)  # type: ignore[arg-type]
     adapted = not (IS_SANSIO and "uvicorn" in log and "wsproto" not in log)
     assert server.log.count("fanout_through_asgi") == adapted
@@ -3752,10 +3777,8 @@ def test_clients_with_and_without_compression_all_get_what_was_sent(
             stack.enter_context(dial(url, max_size=None, **UNBOUNDED, **option))
             for option in options
         ]
-        wait_until(lambda: total(process.port) == len(clients) + 1, "the clients")
-        driver = stack.enter_context(
-            dial(f"ws://127.0.0.1:{process.port}/ws", max_size=None, **UNBOUNDED)
-        )
+        wait_until(lambda: total(process) == len(clients) + 1, "the clients")
+        driver = stack.enter_context(dial(process.ws, max_size=None, **UNBOUNDED))
         rights: list[int] = []
         threads = [
             threading.Thread(target=lambda c=client: rights.append(poured(c))) for client in clients
@@ -3778,7 +3801,7 @@ def test_a_client_whose_window_is_too_small_gets_plain_frames(
     live: Live, bits: int, compressed: bool
 ) -> None:
     with raw_client(
-        live.port, extensions=f"permessage-deflate; server_max_window_bits={bits}"
+        live, extensions=f"permessage-deflate; server_max_window_bits={bits}"
     ) as client:
         client.sendall(masked(json.dumps({"event_name": "x", "to": "all", "payload": "x" * 5000})))
         assert client.recv(1)[0] == (datadivr._COMPRESSED_TEXT if compressed else datadivr._TEXT)
@@ -3790,7 +3813,7 @@ def test_compression_switched_off_leaves_the_connections_own_alone(
     live: Live, configure: Callable[..., None], connect: Connect
 ) -> None:
     configure(compress_min_bytes=0)
-    assert ask(connect(), "x", to="all", payload="x" * 5000)["payload"] == "x" * 5000
+    assert ask(connect(live), "x", to="all", payload="x" * 5000)["payload"] == "x" * 5000
     (client,) = datadivr.clients.values()
     connection: Any = client.connection
     (extension,) = connection._protocol.conn.extensions
@@ -3822,11 +3845,11 @@ def test_a_client_that_pings_and_does_not_read_is_dropped(
     with Process(*SERVERS[name], cwd=tmp_path, DATADIVR_MAX_BUFFER_BYTES="1000000") as process:
         process.wait_until_up()
         before = high_water(process)
-        with raw_client(process.port, buffer=4096) as client, contextlib.suppress(OSError):
+        with raw_client(process, buffer=4096) as client, contextlib.suppress(OSError):
             while True:
                 client.sendall(pings)
-        wait_until(lambda: total(process.port) == 0, "it to be dropped")
-        assert metrics(process.port)['errors_total{type="slow_client"}'] == 1
+        wait_until(lambda: total(process) == 0, "it to be dropped")
+        assert metrics(process)['errors_total{type="slow_client"}'] == 1
         assert high_water(process) - before < 32 * 1024 * 1024
 
 
@@ -3838,7 +3861,7 @@ def test_reading_that_uvicorn_has_paused_is_not_resumed(live: Live, registry: No
     def wait(message: WebSocketMessage) -> None:
         go_on.wait(LIMIT)
 
-    with raw_client(live.port) as client:
+    with raw_client(live) as client:
         client.sendall(masked('{"event_name": "wait"}') * 2)
         wait_until(lambda: datadivr.clients, "the client")
         (one,) = datadivr.clients.values()
@@ -3866,14 +3889,12 @@ def test_a_message_that_would_inflate_over_the_limit_is_refused(
     offer = "permessage-deflate; client_no_context_takeover"
     with Process(*command, cwd=tmp_path) as process, contextlib.ExitStack() as stack:
         process.wait_until_up()
-        clients = [
-            stack.enter_context(raw_client(process.port, extensions=offer)) for _ in range(4)
-        ]
+        clients = [stack.enter_context(raw_client(process, extensions=offer)) for _ in range(4)]
         before = high_water(process)
         for client in clients:
             client.sendall(framed * 12)
-        wait_until(lambda: total(process.port) == 0, "them to be gone")
-        assert metrics(process.port)['errors_total{type="message_too_big"}'] == 4
+        wait_until(lambda: total(process) == 0, "them to be gone")
+        assert metrics(process)['errors_total{type="message_too_big"}'] == 4
         assert high_water(process) - before < 50 * 1024 * 1024
 
 
@@ -3902,7 +3923,7 @@ def test_a_part_of_uvicorn_that_is_not_there_costs_speed_alone(name: str) -> Non
 def test_a_client_that_floods_is_gone_soon_after_it_was_disconnected(
     server: Process, connect: Connect
 ) -> None:
-    flooder = raw_client(server.port)
+    flooder = raw_client(server)
     client_id = own_id(flooder)
     gone = threading.Event()
     heard = bytearray()
@@ -3924,7 +3945,7 @@ def test_a_client_that_floods_is_gone_soon_after_it_was_disconnected(
         thread.start()
     wait_until(lambda: len(heard) > 1000, "the flood")
     start = time.monotonic()
-    answer = http.delete(f"http://127.0.0.1:{server.port}/clients/{client_id}", headers=ADMIN)
+    answer = server.api.delete(f"/clients/{client_id}")
     assert answer.status_code == 204
     assert gone.wait(LIMIT)
     assert time.monotonic() - start < 3
@@ -3958,7 +3979,7 @@ def test_behind_a_wrapper_the_stop_is_the_reason_and_the_wrapper_is_named(
         reasons.append(message.payload)
 
     with contextlib.ExitStack() as afterwards, Live(WrappedReceive(datadivr.app)) as live:
-        client = afterwards.enter_context(dial(f"ws://127.0.0.1:{live.port}/ws"))
+        client = afterwards.enter_context(dial(live.ws))
         id_of(client)
     assert ended() == {"server_stop": 1}
     assert reasons == ["server_stop"]
@@ -3972,7 +3993,7 @@ def test_behind_a_wrapper_a_client_that_closes_is_the_reason(
     ended: Callable[[], dict[str, float]],
 ) -> None:
     with Live(WrappedReceive(datadivr.app)) as live:
-        with dial(f"ws://127.0.0.1:{live.port}/ws") as client:
+        with dial(live.ws) as client:
             id_of(client)
         wait_until(lambda: ended() == {"client": 1}, "its end")
 
@@ -3993,7 +4014,7 @@ def test_a_fault_while_a_connection_is_set_up_costs_speed_alone(records: Records
         def connection_made(self, transport: Any) -> None:
             super().connection_made(Transport(transport))
 
-    with Live(ws=Protocol) as live, dial(f"ws://127.0.0.1:{live.port}/ws") as client:
+    with Live(ws=Protocol) as live, dial(live.ws) as client:
         assert ask(client, "m", to="all")["event_name"] == "m"
         assert len(records.named("fanout_through_asgi")) == 1
 
@@ -4046,14 +4067,13 @@ def test_uvicorns_legacy_protocol_drops_a_client_that_does_not_read_without_a_tr
     command = [*SERVERS["uvicorn"], "--ws", "websockets"]
     with Process(*command, cwd=tmp_path, DATADIVR_MAX_BUFFER_BYTES="1000000") as process:
         process.wait_until_up()
-        with raw_client(process.port, buffer=4096) as stalled:
+        with raw_client(process, buffer=4096) as stalled:
             own_id(stalled)
-            url = f"http://127.0.0.1:{process.port}"
             fill = {"event_name": "fill", "payload": "x" * 900_000}
 
             def drops() -> bool:
-                assert http.post(f"{url}/messages", headers=ADMIN, json=fill).status_code == 202
-                return total(process.port) == 0
+                assert process.api.post("/messages", json=fill).status_code == 202
+                return total(process) == 0
 
             wait_until(drops, "it to be dropped")
         process.stop()
@@ -4070,12 +4090,12 @@ def test_a_websocket_is_disconnected_in_the_end(connect: Connect, live: Live, ho
         kept.append(datadivr.clients[message.from_id].websocket)
         return datadivr.create_message("kept", None, message.from_id)
 
-    client = connect()
+    client = connect(live)
     client_id = ask(client, "keep")["to"]
     (websocket,) = kept
     assert websocket.client_state is WebSocketState.CONNECTED
     if how == "admin":
-        http.delete(f"http://127.0.0.1:{live.port}/clients/{client_id}", headers=ADMIN)
+        live.api.delete(f"/clients/{client_id}")
     client.close()
     wait_until(lambda: websocket.client_state is WebSocketState.DISCONNECTED, "its end")
 
@@ -4097,8 +4117,8 @@ def test_no_data_follows_a_close_frame_of_a_handlers(
         await datadivr.clients[message.payload].websocket.close(4000, "bye")
         return datadivr.create_message("closed", None, "all")
 
-    talker = connect()
-    with raw_client(live.port) as client:  # which does not answer the close frame yet
+    talker = connect(live)
+    with raw_client(live) as client:  # which does not answer the close frame yet
         client_id = own_id(client)
         closing = json.dumps({"event_name": "close", "payload": client_id})
         if whose == "its own":
@@ -4120,8 +4140,8 @@ def test_messages_over_the_rate_are_dropped_with_one_error_a_second(
     connect: Connect, live: Live, configure: Callable[..., None]
 ) -> None:
     configure(max_messages_per_second=3)
-    before = metrics(live.port)['errors_total{type="rate_limited"}']
-    client = connect()
+    before = metrics(live)['errors_total{type="rate_limited"}']
+    client = connect(live)
     for number in range(10):
         say(client, "m", payload=number, to="all")
     heard = [hear(client) for _ in range(4)]
@@ -4129,7 +4149,7 @@ def test_messages_over_the_rate_are_dropped_with_one_error_a_second(
     assert [message["payload"] for message in heard] == [0, 1, 2, fault]
     assert heard[3]["message"] == "More than 3 messages a second: dropped."
     wait_until(
-        lambda: metrics(live.port)['errors_total{type="rate_limited"}'] - before == 7, "the count"
+        lambda: metrics(live)['errors_total{type="rate_limited"}'] - before == 7, "the count"
     )
     (connected,) = datadivr.clients.values()
     wait_until(lambda: time.monotonic() - connected.second_began > 1, "the second to end")
@@ -4155,7 +4175,7 @@ def test_errors_of_a_kind_are_logged_once_a_minute_as_a_warning(
     connect: Connect, live: Live, logged: list[Any]
 ) -> None:
     for _ in range(2):
-        client = connect()
+        client = connect(live)
         for _ in range(2):
             client.send('{"event_name": 5, "payload": "secret thing"}')
             hear(client)
@@ -4173,7 +4193,7 @@ def test_one_handlers_errors_do_not_hide_anothers(
         async def fail(message: WebSocketMessage) -> None:
             raise RuntimeError
 
-    client = connect()
+    client = connect(live)
     for name in ("one", "other", "one"):
         ask(client, name)
     told = [entry["event_name"] for entry in logged if entry["log_level"] == "error"]
@@ -4201,7 +4221,7 @@ def test_a_message_over_the_rate_has_an_error_with_its_id(
     connect: Connect, live: Live, configure: Callable[..., None]
 ) -> None:
     configure(max_messages_per_second=1)
-    client = connect()
+    client = connect(live)
     client_id = id_of(client)
     (connected,) = datadivr.clients.values()
     wait_until(lambda: time.monotonic() - connected.second_began > 1, "the second to end")
@@ -4219,7 +4239,7 @@ def test_each_message_over_the_rate_that_has_an_id_is_answered_once(
     connect: Connect, live: Live, configure: Callable[..., None]
 ) -> None:
     configure(max_messages_per_second=2)
-    client = connect()
+    client = connect(live)
     for number in range(20):
         say(client, "silent", id=number)
     answers = [hear(client) for _ in range(20)]
@@ -4239,21 +4259,21 @@ def test_a_clients_rooms_are_a_frozen_set_until_its_disconnect_has_run(
         news = WebSocketMessage(event_name="went", to="#garden")
         seen.append((rooms, await datadivr.broadcast(news)))
 
-    member, other = connect(), connect()
+    member, other = connect(live), connect(live)
     member_id, other_id = id_of(member), id_of(other)
     assert datadivr.clients[member_id].rooms == frozenset()
-    url = f"http://127.0.0.1:{live.port}/clients"
+    url = "/clients"
     for client_id, room in ((member_id, "garden"), (member_id, "kitchen"), (other_id, "garden")):
-        http.put(f"{url}/{client_id}/rooms/{room}", headers=ADMIN)
+        live.api.put(f"{url}/{client_id}/rooms/{room}")
     rooms = datadivr.clients[member_id].rooms
     assert isinstance(rooms, frozenset)
     assert rooms == {"garden", "kitchen"}
-    http.delete(f"{url}/{member_id}/rooms/kitchen", headers=ADMIN)
+    live.api.delete(f"{url}/{member_id}/rooms/kitchen")
     assert datadivr.clients[member_id].rooms == {"garden"}
     member.close()
     assert hear(other)["event_name"] == "went"
     assert seen == [({"garden"}, 1)]  # it is in no room any more, and its rooms are known
-    listed = http.get(f"{url}?room=garden", headers=ADMIN).json()
+    listed = live.api.get(f"{url}?room=garden").json()
     assert [client["id"] for client in listed["clients"]] == [other_id]
 
 
@@ -4261,13 +4281,13 @@ def test_a_clients_rooms_are_a_frozen_set_until_its_disconnect_has_run(
 
 
 def test_a_message_to_all_reaches_its_sender_too(connect: Connect, server: Process) -> None:
-    clients = [connect() for _ in range(3)]
+    clients = [connect(server) for _ in range(3)]
     say(clients[0], "hello", to="all")
     assert [hear(client)["event_name"] for client in clients] == ["hello"] * 3
 
 
 def test_a_message_goes_to_the_others_by_default(connect: Connect, server: Process) -> None:
-    sender, *others = clients = [connect() for _ in range(3)]
+    sender, *others = clients = [connect(server) for _ in range(3)]
     say(sender, "hello")
     assert [hear(client)["event_name"] for client in others] == ["hello"] * 2
     say(others[0], "end", to="all")
@@ -4275,7 +4295,7 @@ def test_a_message_goes_to_the_others_by_default(connect: Connect, server: Proce
 
 
 def test_a_message_to_an_id_reaches_that_client_alone(connect: Connect, server: Process) -> None:
-    sender, receiver, bystander = clients = [connect() for _ in range(3)]
+    sender, receiver, bystander = clients = [connect(server) for _ in range(3)]
     say(sender, "hello", to=id_of(receiver))
     assert hear(receiver)["event_name"] == "hello"
     say(bystander, "end", to="all")
@@ -4285,7 +4305,7 @@ def test_a_message_to_an_id_reaches_that_client_alone(connect: Connect, server: 
 def test_a_message_to_an_unknown_id_gets_its_sender_an_error(
     connect: Connect, server: Process
 ) -> None:
-    client = connect()
+    client = connect(server)
     expected = error(id_of(client), "unknown_recipient", UNKNOWN, event_name="hello")
     assert ask(client, "hello", to="nobody") == expected
 
@@ -4293,7 +4313,7 @@ def test_a_message_to_an_unknown_id_gets_its_sender_an_error(
 def test_messages_from_one_sender_arrive_in_order_mixed_with_direct_ones(
     connect: Connect, server: Process
 ) -> None:
-    sender, receiver = connect(), connect()
+    sender, receiver = connect(server), connect(server)
     receiver_id = id_of(receiver)
     for number in range(300):
         say(sender, "count", payload=number, to=random.choice(["all", "others", receiver_id]))
@@ -4303,9 +4323,9 @@ def test_messages_from_one_sender_arrive_in_order_mixed_with_direct_ones(
 def test_broadcast_from_a_route_returns_how_many_clients_it_addressed(
     connect: Connect, server: Process
 ) -> None:
-    clients = [connect() for _ in range(3)]
-    wait_until(lambda: total(server.port) == 3, "three clients")
-    assert http.post(f"http://127.0.0.1:{server.port}/tell").json() == 3
+    clients = [connect(server) for _ in range(3)]
+    wait_until(lambda: total(server) == 3, "three clients")
+    assert http.post(f"{server.url}/tell").json() == 3
     expected = {
         "event_name": "news",
         "payload": 1,
@@ -4331,9 +4351,9 @@ def test_broadcast_with_a_sender_leaves_it_out_of_the_others(connect: Connect, l
         await greeter
 
     counts: list[int] = []
-    other = connect()
+    other = connect(live)
     id_of(other)
-    sender = connect("/greeting")
+    sender = connect(live, "/greeting")
     assert hear(other)["event_name"] == "greeting"
     assert ask(sender, "whoami")["event_name"] == "whoami"
     assert counts == [1]
@@ -4348,17 +4368,17 @@ def test_broadcast_refuses_what_json_cannot_hold(live: Live, connect: Connect) -
 def test_a_client_that_does_not_read_is_dropped_and_the_others_are_not(
     connect: Connect, server: Process
 ) -> None:
-    before = metrics(server.port)
-    reader = connect()
+    before = metrics(server)
+    reader = connect(server)
     payload = "x" * 900_000
-    with raw_client(server.port, buffer=4096) as stalled:
+    with raw_client(server, buffer=4096) as stalled:
         own_id(stalled)
         for _ in range(20):
             assert ask(reader, "fill", payload=payload, to="all")["payload"] == payload
-            if total(server.port) == 1:
+            if total(server) == 1:
                 break
         assert id_of(reader)
-        after = metrics(server.port)
+        after = metrics(server)
         for name in (
             'errors_total{type="slow_client"}',
             'disconnections_total{reason="slow_client"}',
@@ -4374,9 +4394,9 @@ def test_a_client_that_stalls_below_the_limit_is_gone_once_the_keepalive_gives_i
     monkeypatch.setattr(datadivr, "_CLOSE_SECONDS", 0.5)
     with (
         Live(ws_ping_interval=0.5, ws_ping_timeout=0.5) as live,
-        raw_client(live.port, buffer=4096) as stalled,
+        raw_client(live, buffer=4096) as stalled,
     ):
-        stall(live.port, own_id(stalled))
+        stall(live, own_id(stalled))
         wait_until(lambda: not datadivr.clients, "the keepalive")
         wait_until(lambda: not live.server.server_state.connections, "the socket's end")
     assert ended() == {"keepalive": 1}
@@ -4386,7 +4406,7 @@ def test_a_client_that_stalls_below_the_limit_is_gone_once_the_keepalive_gives_i
 def test_a_client_that_vanished_is_counted_as_given_up_by_the_keepalive(
     ended: Callable[[], dict[str, float]],
 ) -> None:
-    with Live(ws_ping_interval=0.1, ws_ping_timeout=0.1) as live, raw_client(live.port):
+    with Live(ws_ping_interval=0.1, ws_ping_timeout=0.1) as live, raw_client(live):
         wait_until(lambda: ended() == {"keepalive": 1}, "the keepalive")
 
 
@@ -4686,8 +4706,8 @@ def test_a_broadcast_in_a_process_without_a_server_says_so() -> None:
 def test_a_message_to_a_room_reaches_its_members_but_the_sender(
     connect: Connect, server: Process
 ) -> None:
-    members = [connect("/in?room=garden&room=kitchen") for _ in range(3)]
-    stranger = connect("/in?room=kitchen")
+    members = [connect(server, "/in?room=garden&room=kitchen") for _ in range(3)]
+    stranger = connect(server, "/in?room=kitchen")
     sender_id = id_of(members[0])
     say(members[0], "m", payload=1, to="#garden")
     for member in members[1:]:
@@ -4699,7 +4719,7 @@ def test_a_message_to_a_room_reaches_its_members_but_the_sender(
 def test_a_handler_reaches_a_room_that_its_asker_is_not_in(
     connect: Connect, server: Process, name: str
 ) -> None:
-    asker, member = connect(), connect("/in?room=garden")
+    asker, member = connect(server), connect(server, "/in?room=garden")
     news: Json = {"event_name": "news", "payload": 1, "to": "#garden"}
     say(asker, name, payload=news)
     assert hear(member) == message_from("server", **news)
@@ -4709,7 +4729,7 @@ def test_a_handler_reaches_a_room_that_its_asker_is_not_in(
 def test_broadcast_reaches_all_members_and_an_answer_all_but_the_asker(
     connect: Connect, server: Process
 ) -> None:
-    asker, member = connect("/in?room=garden"), connect("/in?room=garden")
+    asker, member = connect(server, "/in?room=garden"), connect(server, "/in?room=garden")
     news: Json = {"event_name": "news", "payload": 1, "to": "#garden"}
     for name in ("publish", "reply"):
         say(asker, name, payload=news)
@@ -4728,10 +4748,10 @@ def test_broadcast_to_a_room_returns_how_many_and_leaves_out_its_sender(
         news = WebSocketMessage(event_name="news", to=message.payload)
         counts.extend([await datadivr.broadcast(news), await datadivr.broadcast(news, websocket)])
 
-    member, other, stranger = connect(), connect(), connect()
+    member, other, stranger = connect(live), connect(live), connect(live)
     for client in (member, other):
-        url = f"http://127.0.0.1:{live.port}/clients/{id_of(client)}/rooms/garden"
-        assert http.put(url, headers=ADMIN).status_code == 204
+        url = f"/clients/{id_of(client)}/rooms/garden"
+        assert live.api.put(url).status_code == 204
     for client in (member, stranger):
         say(client, "count", payload="#garden")
         hear_all(client)
@@ -4745,16 +4765,16 @@ def test_broadcast_to_a_room_returns_how_many_and_leaves_out_its_sender(
 def test_who_is_not_in_a_room_or_may_only_listen_cannot_send_there(
     connect: Connect, server: Process, way: str, event_name: str
 ) -> None:
-    client, member = connect(), connect("/in?room=garden")
+    client, member = connect(server), connect(server, "/in?room=garden")
     client_id = id_of(client)
-    url = f"http://127.0.0.1:{server.port}/clients/{client_id}/rooms/garden"
+    url = f"/clients/{client_id}/rooms/garden"
     if way != "never in":
         say(client, "join", payload=["garden", way == "listens only"])
         assert hear_all(client) == []
     if way == "left":
         say(client, "leave", payload="garden")
     elif way == "removed":
-        assert http.delete(url, headers=ADMIN).status_code == 204
+        assert server.api.delete(url).status_code == 204
     to = "#GARDEN" if way == "asks in capitals" else "#garden"
     say(client, event_name, to=to, id=7)
     (answer,) = hear_all(client)
@@ -4771,7 +4791,7 @@ def test_who_is_not_in_a_room_or_may_only_listen_cannot_send_there(
 def test_joining_twice_and_leaving_what_one_is_not_in_change_nothing(
     connect: Connect, server: Process
 ) -> None:
-    client, member = connect(), connect("/in?room=garden")
+    client, member = connect(server), connect(server, "/in?room=garden")
     client_id = id_of(client)
     for name, payload in [("leave", "garden"), ("join", ["garden"]), ("join", ["garden"])]:
         assert ask(client, name, payload=payload, id=7) == ok(client_id, 7)
@@ -4787,7 +4807,7 @@ def test_joining_twice_and_leaving_what_one_is_not_in_change_nothing(
 def test_whoever_joins_again_may_speak_or_not_as_the_last_time_says(
     connect: Connect, server: Process
 ) -> None:
-    client, member = connect(), connect("/in?room=garden")
+    client, member = connect(server), connect(server, "/in?room=garden")
     for listen_only in (True, False, True):
         say(client, "join", payload=["garden", listen_only])
         say(client, "m", to="#garden")
@@ -4803,8 +4823,8 @@ def test_whoever_joins_again_may_speak_or_not_as_the_last_time_says(
 def test_messages_to_all_to_rooms_and_to_one_arrive_in_the_order_sent(
     connect: Connect, server: Process
 ) -> None:
-    sender = connect("/in?room=garden&room=kitchen")
-    both, one = connect("/in?room=garden&room=kitchen"), connect("/in?room=garden")
+    sender = connect(server, "/in?room=garden&room=kitchen")
+    both, one = connect(server, "/in?room=garden&room=kitchen"), connect(server, "/in?room=garden")
     both_id = id_of(both)
     goals = ["#garden", "all", both_id, "#kitchen", "others"]
     for number in range(300):
@@ -4815,8 +4835,8 @@ def test_messages_to_all_to_rooms_and_to_one_arrive_in_the_order_sent(
 
 
 def test_all_clients_see_one_order_whoever_speaks(connect: Connect, server: Process) -> None:
-    speakers = [connect("/in?room=garden") for _ in range(3)]
-    listeners = [connect("/in?room=garden") for _ in range(2)]
+    speakers = [connect(server, "/in?room=garden") for _ in range(3)]
+    listeners = [connect(server, "/in?room=garden") for _ in range(2)]
     for client in listeners:
         id_of(client)
     for number in range(100):
@@ -4849,7 +4869,7 @@ def test_whoever_has_joined_hears_all_that_is_published_from_then_on(
         counts.append(await publish())
         return datadivr.create_message("counts", counts, message.from_id)
 
-    client = connect()
+    client = connect(live)
     say(client, "come and go", id=7)
     heard = [(message["event_name"], message["payload"]) for message in hear_all(client)]
     assert heard == [("n", 1), ("n", 3), ("counts", [0, 1, 0, 1])]
@@ -4926,11 +4946,11 @@ def test_rooms_are_changed_and_listed_from_any_thread_and_loop(
     connect: Connect, server: Process, name: str
 ) -> None:
     """In the server's loop (a handler), and in one of its own (a thread)."""
-    client = connect()
+    client = connect(server)
     client_id = id_of(client)
 
     def call(function: str, *arguments: Any) -> httpx.Response:
-        url = f"http://127.0.0.1:{server.port}/call/{function}"
+        url = f"{server.url}/call/{function}"
         return http.post(url, json=list(arguments), timeout=LIMIT)
 
     if name == "here":
@@ -5037,7 +5057,7 @@ def test_any_conversation_is_heard_as_a_naive_model_says(live: Live, steps: list
         return datadivr.create_message("changed", None, message.from_id)
 
     with contextlib.ExitStack() as stack:
-        url = f"ws://127.0.0.1:{live.port}/ws"
+        url = live.ws
         conversation = Conversation([stack.enter_context(dial(url)) for _ in range(4)])
         for kind, who, *rest in steps:
             getattr(conversation, kind)(who, *rest)
@@ -5059,17 +5079,17 @@ def in_a_thread(function: Callable[..., Any], *args: Any) -> Any:
 def test_a_broadcast_from_any_thread_reaches_the_servers_clients(
     connect: Connect, server: Process
 ) -> None:
-    client = connect()
+    client = connect(server)
     id_of(client)
     for _ in range(3):
-        assert http.post(f"http://127.0.0.1:{server.port}/tell_from_a_thread").json() == 1
+        assert http.post(f"{server.url}/tell_from_a_thread").json() == 1
     assert [message["payload"] for message in hear_all(client)] == [2, 2, 2]
 
 
 def test_what_is_called_from_another_loop_answers_as_in_the_servers(
     connect: Connect, live: Live
 ) -> None:
-    client, other = connect(), connect()
+    client, other = connect(live), connect(live)
     client_id = id_of(client)
     assert in_a_thread(datadivr.broadcast, datadivr.create_message("news", 1, "all")) == 2
     assert in_a_thread(datadivr.broadcast, datadivr.create_message("news", 2, client_id)) == 1
@@ -5090,7 +5110,7 @@ def test_a_call_from_another_loop_while_nobody_is_connected_moves_nothing(
 ) -> None:
     for _ in range(2):
         assert in_a_thread(datadivr.broadcast, datadivr.create_message("news", 1, "all")) == 0
-    client = connect()
+    client = connect(live)
     say(client, "m", to="all")
     assert hear(client)["event_name"] == "m"
     assert in_a_thread(datadivr.broadcast, datadivr.create_message("news", 1, "all")) == 1
@@ -5126,8 +5146,8 @@ def test_who_reads_a_message_larger_than_the_buffer_is_not_dropped_for_it(
     connect: Connect, live: Live, configure: Callable[..., None]
 ) -> None:
     configure(max_buffer_bytes=100_000)
-    talker = connect()
-    with raw_client(live.port, buffer=4096) as reader:
+    talker = connect(live)
+    with raw_client(live, buffer=4096) as reader:
         reader_id = own_id(reader)
         client = datadivr.clients[reader_id]
 
@@ -5174,7 +5194,7 @@ def test_a_slow_client_is_named_once_with_the_setting_that_decides(
     live: Live, records: Records, configure: Callable[..., None]
 ) -> None:
     configure(max_buffer_bytes=100_000)
-    with raw_client(live.port, buffer=4096) as stalled:
+    with raw_client(live, buffer=4096) as stalled:
         own_id(stalled)
         for _ in range(20):
             in_a_thread(datadivr.broadcast, datadivr.create_message("fill", "x" * 900_000, "all"))
@@ -5197,7 +5217,7 @@ def test_who_was_disconnected_is_not_dropped_as_slow_too(
         await datadivr.broadcast(fill)
         await datadivr.disconnect_client(message.from_id)
 
-    with raw_client(live.port, buffer=4096) as stalled:
+    with raw_client(live, buffer=4096) as stalled:
         own_id(stalled)
         stalled.sendall(masked('{"event_name": "leave"}'))
         with contextlib.suppress(OSError):
@@ -5224,36 +5244,35 @@ def test_who_leaves_before_its_own_answer_makes_no_error(
         ended.set()
 
     name = 'errors_total{type="unknown_recipient"}'
-    before = metrics(live.port)[name]
-    client = connect()
+    before = metrics(live)[name]
+    client = connect(live)
     client_id = id_of(client)
     say(client, "slow")
     assert began.wait(LIMIT)
-    http.delete(f"http://127.0.0.1:{live.port}/clients/{client_id}", headers=ADMIN)
+    live.api.delete(f"/clients/{client_id}")
     over.set()
     assert ended.wait(LIMIT)
-    with dial(f"ws://127.0.0.1:{live.port}/ws", **UNBOUNDED) as hasty:
+    with dial(live.ws, **UNBOUNDED) as hasty:
         for _ in range(200):
             say(hasty, "whoami")
     wait_until(lambda: not datadivr.clients, "its end")
-    assert metrics(live.port)[name] == before
+    assert metrics(live)[name] == before
     assert records.named("unknown_recipient", logging.DEBUG) == []
-    ask(connect(), "m", to=client_id)  # somebody else who has left
-    assert metrics(live.port)[name] == before + 1
+    ask(connect(live), "m", to=client_id)  # somebody else who has left
+    assert metrics(live)[name] == before + 1
 
 
 def test_ids_compare_without_case(connect: Connect, server: Process) -> None:
-    sender, receiver = connect(), connect()
+    sender, receiver = connect(server), connect(server)
     client_id = id_of(receiver).upper()
     say(sender, "m", to=client_id)
     assert hear(receiver)["event_name"] == "m"
-    url = f"http://127.0.0.1:{server.port}"
     news = {"event_name": "news", "to": client_id}
-    answer = http.post(f"{url}/messages", headers=ADMIN, json=news).json()
+    answer = server.api.post("/messages", json=news).json()
     assert answer == {"recipients": 1, "partial": False}
     assert hear(receiver)["event_name"] == "news"
-    assert http.get(f"{url}/clients/{client_id}", headers=ADMIN).json()["id"] == client_id.lower()
-    assert http.delete(f"{url}/clients/{client_id}", headers=ADMIN).status_code == 204
+    assert server.api.get(f"/clients/{client_id}").json()["id"] == client_id.lower()
+    assert server.api.delete(f"/clients/{client_id}").status_code == 204
     with pytest.raises(ConnectionClosed):
         receiver.recv(timeout=LIMIT)
 
@@ -5270,7 +5289,7 @@ def test_connect_and_disconnect_handlers_run_for_each_client(connect: Connect, l
     async def went(message: WebSocketMessage) -> WebSocketMessage:
         return WebSocketMessage(event_name="went", payload=message.from_id)
 
-    watcher, guest = connect(), connect()
+    watcher, guest = connect(live), connect(live)
     guest_id = id_of(guest)
     guest.close()
     heard = [hear(watcher) for _ in range(2)]
@@ -5284,14 +5303,14 @@ def test_handlers_read_and_write_what_is_known_of_a_client_up_to_its_disconnect(
     connect: Connect, server: Process
 ) -> None:
     watcher, *others = [
-        connect("/ws?room=7", additional_headers={"X-Kind": "human"}) for _ in range(3)
+        connect(server, "/ws?room=7", additional_headers={"X-Kind": "human"}) for _ in range(3)
     ]
     users = dict(zip(("Ada", "Bob"), others, strict=True))
     for user, client in users.items():
         assert ask(client, "log_in", payload=user)["payload"] == "human7"
     for user, client in users.items():
-        url = f"http://127.0.0.1:{server.port}/clients/{id_of(client)}"
-        assert http.get(url, headers=ADMIN).json()["user"] == user
+        url = f"/clients/{id_of(client)}"
+        assert server.api.get(url).json()["user"] == user
     for user, client in users.items():
         client.close()
         assert hear(watcher)["payload"] == [user, False]
@@ -5309,13 +5328,13 @@ def test_a_handler_that_closes_its_clients_websocket_itself_is_in_nobodys_way(
         began.set()
         await asyncio.to_thread(over.wait, LIMIT)
 
-    other = connect()
-    with raw_client(live.port) as client:  # which does not answer the close frame
+    other = connect(live)
+    with raw_client(live) as client:  # which does not answer the close frame
         client_id = own_id(client)
         client.sendall(masked('{"event_name": "bye"}'))
         assert began.wait(LIMIT)
-        url = f"http://127.0.0.1:{live.port}/clients/{client_id}"
-        assert http.delete(url, headers=ADMIN).status_code == 404  # it has left already
+        url = f"/clients/{client_id}"
+        assert live.api.delete(url).status_code == 404  # it has left already
         say(other, "m", to="all")
         assert hear(other)["event_name"] == "m"
         over.set()
@@ -5335,11 +5354,11 @@ def test_a_handler_finds_its_client_though_that_has_left_meanwhile(
         await asyncio.to_thread(left.wait, LIMIT)
         found.append(datadivr.clients[message.from_id].id)
 
-    client = connect()
+    client = connect(live)
     client_id = id_of(client)
     say(client, "long")
     assert began.wait(LIMIT)
-    http.delete(f"http://127.0.0.1:{live.port}/clients/{client_id}", headers=ADMIN)
+    live.api.delete(f"/clients/{client_id}")
     assert client_id not in datadivr.clients
     left.set()
     wait_until(lambda: found == [client_id], "the handler")
@@ -5349,9 +5368,9 @@ def test_a_handler_finds_its_client_though_that_has_left_meanwhile(
 
 
 def test_what_a_client_says_before_it_closes_is_heard(connect: Connect, server: Process) -> None:
-    listener = connect()
+    listener = connect(server)
     id_of(listener)
-    with dial(f"ws://127.0.0.1:{server.port}/ws") as client:
+    with dial(server.ws) as client:
         say(client, "slow", payload=0.1)
         for number in range(100):
             say(client, "m", payload=number)
@@ -5361,7 +5380,7 @@ def test_what_a_client_says_before_it_closes_is_heard(connect: Connect, server: 
 def test_a_flood_from_one_client_leaves_the_others_their_turn(
     server: Process, connect: Connect
 ) -> None:
-    flooder, one, other = raw_client(server.port), connect(), connect()
+    flooder, one, other = raw_client(server), connect(server), connect(server)
     one_id = id_of(one)
     flood = masked('{"event_name": "x", "to": "nobody"}') * 20_000
 
@@ -5419,7 +5438,7 @@ def test_a_flood_from_one_client_leaves_the_others_their_turn(
 def test_what_is_not_a_message_gets_an_error_that_names_the_field(
     connect: Connect, server: Process, text: str | bytes, expected: str
 ) -> None:
-    client = connect()
+    client = connect(server)
     client_id = id_of(client)
     client.send(text)
     answer = hear(client)
@@ -5435,7 +5454,7 @@ def test_what_is_not_a_message_gets_an_error_that_names_the_field(
 def test_a_message_over_the_limit_closes_its_connection(
     connect: Connect, server: Process, text: str, kind: Callable[[str], str | bytes]
 ) -> None:
-    client, bystander = connect(), connect()
+    client, bystander = connect(server), connect(server)
     client.send(kind(json.dumps({"event_name": "big", "payload": text}, ensure_ascii=False)))
     assert close_code(client) == 1009
     assert id_of(bystander)
@@ -5496,13 +5515,13 @@ def test_clients_over_the_limit_are_refused_until_one_goes(
     connect: Connect, live: Live, configure: Callable[..., None]
 ) -> None:
     configure(max_clients=1)
-    first = connect()
+    first = connect(live)
     with pytest.raises(InvalidStatus) as refused:
-        connect()
+        connect(live)
     assert refused.value.response.status_code == 503
     first.close()
     wait_until(lambda: not datadivr.clients, "the first client to go")
-    assert id_of(connect())
+    assert id_of(connect(live))
 
 
 @pytest.mark.parametrize(
@@ -5575,7 +5594,7 @@ def test_a_client_without_the_token_is_refused(
 
 def test_a_refusal_comes_before_the_upgrade_and_says_why(server: Process) -> None:
     with pytest.raises(InvalidStatus) as refused:
-        dial(f"ws://127.0.0.1:{server.port}/ws", origin=Origin("http://evil.example"))
+        dial(server.ws, origin=Origin("http://evil.example"))
     assert refused.value.response.status_code == 403
     assert json.loads(refused.value.response.body or b"") == {
         "detail": "Origin http://evil.example is not allowed."
@@ -5612,7 +5631,7 @@ def test_websocket_endpoint_authorizes_wherever_it_is_mounted(
 
 
 def test_a_client_that_went_rudely_leaves_the_registry(live: Live, connect: Connect) -> None:
-    rude = raw_client(live.port)
+    rude = raw_client(live)
     wait_until(lambda: datadivr.clients, "the client")
     rude.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     rude.close()
@@ -5647,7 +5666,7 @@ garbage = st.one_of(
 def test_whatever_a_client_sends_the_server_lives_and_bystanders_lose_nothing(
     server: Process, connect: Connect
 ) -> None:
-    noisy, one, other = connect(), connect(), connect()
+    noisy, one, other = connect(server), connect(server), connect(server)
     other_id = id_of(other)
 
     @hypothesis.settings(
@@ -5673,7 +5692,7 @@ def test_whatever_a_client_sends_the_server_lives_and_bystanders_lose_nothing(
         return {}
 
     drive()
-    wait_until(lambda: total(server.port) == 3, "the registry to be right")
+    wait_until(lambda: total(server) == 3, "the registry to be right")
 
 
 @needs_refusals
@@ -5735,7 +5754,7 @@ def test_clients_that_come_one_after_another_all_get_their_messages(
     server: Process, connect: Connect
 ) -> None:
     for number in range(30):
-        with dial(f"ws://127.0.0.1:{server.port}/ws") as client:
+        with dial(server.ws) as client:
             assert ask(client, "m", payload=number, to="all")["payload"] == number
 
 
@@ -5753,7 +5772,7 @@ def test_a_connection_that_is_cut_as_it_is_accepted_has_both_events_or_none(
         with socket.create_connection(("127.0.0.1", live.port)) as client:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             client.sendall(UPGRADE)
-    with dial(f"ws://127.0.0.1:{live.port}/ws") as last:  # it comes after them
+    with dial(live.ws) as last:  # it comes after them
         id_of(last)
     wait_until(lambda: not live.server.server_state.tasks, "their end")
     assert counts["$connect"] >= 1
@@ -5764,7 +5783,7 @@ def test_metrics_are_not_for_a_name_that_points_to_loopback(
     live: Live, configure: Callable[..., None]
 ) -> None:
     configure(allowed_origins=("https://listed.example",))
-    url = f"http://127.0.0.1:{live.port}/metrics"
+    url = f"{live.url}/metrics"
     hosts = {"evil.example:8000": 403, "localhost:8000": 200, "listed.example": 200, "[::1]": 200}
     for host, status in hosts.items():
         assert http.get(url, headers={"Host": host}).status_code == status
@@ -5781,7 +5800,7 @@ def test_a_disconnect_handler_finds_its_client_in_each_way_that_asks_for_it(
         is_same = clients.get(client_id) is clients[client_id] is clients.get(client_id, None)
         found.append((is_same, client_id in clients, client_id in list(clients), len(clients)))
 
-    client = connect()
+    client = connect(live)
     id_of(client)
     client.close()
     wait_until(lambda: found, "its end")
@@ -5872,16 +5891,16 @@ def test_what_a_hosts_own_authorization_refuses_is_counted_and_logged_once_a_min
         raise fastapi.HTTPException(status, "Not you.")
 
     datadivr.app.dependency_overrides[datadivr.authorize_client] = authorize
-    before = metrics(live.port)
+    before = metrics(live)
     try:
         for status in (401, 403) * 2:
             with pytest.raises(InvalidStatus) as refused:
-                connect(f"/ws?status={status}")
+                connect(live, f"/ws?status={status}")
             assert refused.value.response.status_code == status
             assert json.loads(refused.value.response.body or b"") == {"detail": "Not you."}
     finally:
         datadivr.app.dependency_overrides.clear()
-    after = metrics(live.port)
+    after = metrics(live)
     for code in ("unauthorized", "forbidden"):
         series = f'errors_total{{type="{code}"}}'
         assert after[series] - before[series] == 2
@@ -5958,7 +5977,7 @@ def test_a_bad_room_of_one_client_is_logged_and_disturbs_nobody_else(
 
     host.dependency_overrides[datadivr.authorize_client] = log_in
     with Live(host) as running:
-        url = f"ws://127.0.0.1:{running.port}/ws"
+        url = running.ws
         with dial(url) as one:
             one_id = id_of(one)
             with pytest.raises((InvalidStatus, ConnectionClosed)), dial(url) as bad:
@@ -5996,15 +6015,14 @@ def test_rooms_work_in_a_test_client() -> None:
 
 
 def test_whoever_goes_leaves_all_rooms(connect: Connect, server: Process) -> None:
-    url = f"http://127.0.0.1:{server.port}"
-    stayer = connect("/in?room=garden")
+    stayer = connect(server, "/in?room=garden")
     with dial(f"ws://127.0.0.1:{server.port}/in?room=garden&room=shed") as goer:
         id_of(goer)
-        listed = http.get(f"{url}/clients?room=garden", headers=ADMIN).json()
+        listed = server.api.get("/clients?room=garden").json()
         assert (listed["total"], len(listed["clients"])) == (2, 2)
-    wait_until(lambda: total(server.port) == 1, "it to go")
+    wait_until(lambda: total(server) == 1, "it to go")
     for room, expected in (("garden", [id_of(stayer)]), ("shed", [])):
-        listed = http.get(f"{url}/clients", params={"room": room}, headers=ADMIN).json()
+        listed = server.api.get("/clients", params={"room": room}).json()
         assert [client["id"] for client in listed["clients"]] == expected
 
 
@@ -6050,13 +6068,13 @@ def test_a_token_is_made_up_and_shown_once_but_in_no_log_where_none_is_set(
 
 
 def test_a_client_is_listed_with_its_counts(connect: Connect, live: Live) -> None:
-    client = connect()
+    client = connect(live)
     client_id = id_of(client)
     ask(client, "m", to="all")
-    with httpx.Client(base_url=f"http://127.0.0.1:{live.port}", headers=ADMIN, verify=False) as api:
-        page = api.get("/clients").json()
-        (listed,) = page["clients"]
-        assert api.get(f"/clients/{client_id}").json() == listed
+    api = live.api
+    page = api.get("/clients").json()
+    (listed,) = page["clients"]
+    assert api.get(f"/clients/{client_id}").json() == listed
     host, port = client.local_address
     assert page == {"total": 1, "next": None, "partial": False, "clients": [listed]}
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{1,6}Z", listed.pop("connected_at"))
@@ -6073,20 +6091,18 @@ def test_a_client_is_listed_with_its_counts(connect: Connect, live: Live) -> Non
 
 
 def test_the_list_pages_past_clients_who_come_and_go(connect: Connect, server: Process) -> None:
-    with httpx.Client(
-        base_url=f"http://127.0.0.1:{server.port}", headers=ADMIN, verify=False
-    ) as api:
-        clients = [connect() for _ in range(5)]
-        ids = [id_of(client) for client in clients]
-        first = api.get("/clients?limit=2&after=").json()
-        clients[1].close()  # the one that the cursor points at
-        wait_until(lambda: api.get("/clients").json()["total"] == 4, "it to go")
-        ids.append(id_of(connect()))
-        second = api.get("/clients", params={"limit": 2, "after": first["next"]}).json()
-        third = api.get("/clients", params={"limit": 2, "after": second["next"]}).json()
-        pages = [[client["id"] for client in page["clients"]] for page in (first, second, third)]
-        assert pages == [ids[:2], ids[2:4], ids[4:]]
-        assert third["next"] is None
+    api = server.api
+    clients = [connect(server) for _ in range(5)]
+    ids = [id_of(client) for client in clients]
+    first = api.get("/clients?limit=2&after=").json()
+    clients[1].close()  # the one that the cursor points at
+    wait_until(lambda: api.get("/clients").json()["total"] == 4, "it to go")
+    ids.append(id_of(connect(server)))
+    second = api.get("/clients", params={"limit": 2, "after": first["next"]}).json()
+    third = api.get("/clients", params={"limit": 2, "after": second["next"]}).json()
+    pages = [[client["id"] for client in page["clients"]] for page in (first, second, third)]
+    assert pages == [ids[:2], ids[2:4], ids[4:]]
+    assert third["next"] is None
 
 
 @pytest.mark.parametrize(
@@ -6099,12 +6115,12 @@ def test_a_bad_page_is_refused(api: httpx.Client, query: str) -> None:
 def test_a_client_is_disconnected_after_what_was_sent_to_it(
     connect: Connect, server: Process
 ) -> None:
-    client, other = connect(), connect()
+    client, other = connect(server), connect(server)
     client_id = id_of(client)
     say(other, "last", to=client_id)
     id_of(other)
-    url = f"http://127.0.0.1:{server.port}/clients/{client_id}"
-    answer = http.delete(url, headers=ADMIN)
+    url = f"/clients/{client_id}"
+    answer = server.api.delete(url)
     assert (answer.status_code, answer.content) == (204, b"")
     assert hear(client)["event_name"] == "last"
     with pytest.raises(ConnectionClosed) as closed:
@@ -6114,23 +6130,18 @@ def test_a_client_is_disconnected_after_what_was_sent_to_it(
         assert closed.value.rcvd is not None
         rcvd = closed.value.rcvd
         assert (rcvd.code, rcvd.reason) == (1008, "Disconnected by an administrator")
-    wait_until(lambda: http.get(url, headers=ADMIN).status_code == 404, "its end")
+    wait_until(lambda: server.api.get(url).status_code == 404, "its end")
     assert id_of(other)
 
 
 def test_a_client_is_disconnected_while_its_handler_runs(connect: Connect, server: Process) -> None:
-    client = connect()
+    client = connect(server)
     client_id = id_of(client)
     say(client, "slow", payload=1)
-    other = connect()
+    other = connect(server)
     assert id_of(other)
     start = time.monotonic()
-    assert (
-        http.delete(
-            f"http://127.0.0.1:{server.port}/clients/{client_id}", headers=ADMIN
-        ).status_code
-        == 204
-    )
+    assert server.api.delete(f"/clients/{client_id}").status_code == 204
     assert close_code(client) == 1008
     assert time.monotonic() - start < 0.9
 
@@ -6140,13 +6151,13 @@ def test_a_stalled_client_is_disconnected_without_waiting_for_it(
     ws: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(datadivr, "_CLOSE_SECONDS", 0.5)
-    with Live(ws=ws) as live, raw_client(live.port, buffer=4096) as stalled:
+    with Live(ws=ws) as live, raw_client(live, buffer=4096) as stalled:
         client_id = own_id(stalled)
-        stall(live.port, client_id)
+        stall(live, client_id)
         start = time.monotonic()
-        url = f"http://127.0.0.1:{live.port}/clients"
-        assert http.delete(f"{url}/{client_id}", headers=ADMIN).status_code == 204
-        assert http.get(url, headers=ADMIN).json()["total"] == 0
+        url = "/clients"
+        assert live.api.delete(f"{url}/{client_id}").status_code == 204
+        assert live.api.get(url).json()["total"] == 0
         assert time.monotonic() - start < 1
         wait_until(lambda: not live.server.server_state.connections, "its socket's end")
 
@@ -6163,11 +6174,11 @@ def test_an_unknown_client_is_not_found(api: httpx.Client, method: str) -> None:
 def test_an_announcement_reaches_all_and_is_from_the_server(
     connect: Connect, server: Process
 ) -> None:
-    clients = [connect() for _ in range(2)]
+    clients = [connect(server) for _ in range(2)]
     for client in clients:
         id_of(client)
     announcement = {"event_name": "news", "payload": [1], "message": "Hello.", "from_id": "me"}
-    answer = http.post(f"http://127.0.0.1:{server.port}/messages", json=announcement, headers=ADMIN)
+    answer = server.api.post("/messages", json=announcement)
     assert (answer.status_code, answer.json()) == (202, {"recipients": 2, "partial": False})
     assert [hear(client) for client in clients] == [
         announcement | {"to": "all", "from_id": "server"}
@@ -6175,9 +6186,9 @@ def test_an_announcement_reaches_all_and_is_from_the_server(
 
 
 def test_an_announcement_to_one_reaches_it_alone(connect: Connect, server: Process) -> None:
-    one, other = connect(), connect()
+    one, other = connect(server), connect(server)
     announcement = {"event_name": "news", "to": id_of(one)}
-    answer = http.post(f"http://127.0.0.1:{server.port}/messages", json=announcement, headers=ADMIN)
+    answer = server.api.post("/messages", json=announcement)
     assert answer.json() == {"recipients": 1, "partial": False}
     assert hear(one)["event_name"] == "news"
     assert ask(other, "whoami")["event_name"] == "whoami"
@@ -6228,7 +6239,7 @@ def test_a_body_that_ends_early_leaves_no_traceback(
     head = f"POST /messages HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\n"
     with socket.create_connection(("127.0.0.1", live.port), LIMIT) as caller:
         caller.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
-    assert http.get(f"http://127.0.0.1:{live.port}/healthz").status_code == 200
+    assert http.get(f"{live.url}/healthz").status_code == 200
     wait_until(lambda: len(live.server.server_state.connections) == 0, "its end")
     assert "Traceback" not in caplog.text
 
@@ -6349,8 +6360,8 @@ def test_a_monitor_may_ask_for_the_head_alone(api: httpx.Client, path: str) -> N
 def test_a_clients_user_is_what_its_state_says_as_a_short_text_or_null(
     live: Live, connect: Connect
 ) -> None:
-    connect()
-    id_of(connect())
+    connect(live)
+    id_of(connect(live))
 
     class Detached:
         def __str__(self) -> str:
@@ -6360,7 +6371,7 @@ def test_a_clients_user_is_what_its_state_says_as_a_short_text_or_null(
     users = (uuid.UUID(int=5), "\ud800", "x" * 1000, Detached(), None)
     for user, shown in zip(users, (str(users[0]), "?", "x" * 128, None, None), strict=True):
         client.websocket.state.user = user
-        listed = http.get(f"http://127.0.0.1:{live.port}/clients", headers=ADMIN).json()
+        listed = live.api.get("/clients").json()
         assert [told["user"] for told in listed["clients"]] == [shown, None]
 
 
@@ -6384,9 +6395,9 @@ def test_a_request_without_an_upgrade_is_told_what_a_proxy_must_pass_on(api: htt
 def test_the_answer_to_a_close_frame_is_answered_by_the_end_of_the_connection_alone(
     live: Live,
 ) -> None:
-    with raw_client(live.port) as client:
+    with raw_client(live) as client:
         client_id = own_id(client)
-        http.delete(f"http://127.0.0.1:{live.port}/clients/{client_id}", headers=ADMIN)
+        live.api.delete(f"/clients/{client_id}")
         ((first, payload),) = unframe(client.recv(4096))
         assert (first, payload[:2]) == (0x88, struct.pack("!H", 1008))
         client.sendall(b"\x88\x82" + bytes(4) + payload[:2])
@@ -6397,9 +6408,9 @@ def test_the_answer_to_a_close_frame_is_answered_by_the_end_of_the_connection_al
 
 @needs_sansio
 def test_a_stop_does_not_close_again_who_is_being_closed() -> None:
-    with Live() as live, raw_client(live.port) as client:
+    with Live() as live, raw_client(live) as client:
         client_id = own_id(client)
-        http.delete(f"http://127.0.0.1:{live.port}/clients/{client_id}", headers=ADMIN)
+        live.api.delete(f"/clients/{client_id}")
         ((first, _),) = unframe(client.recv(4096))
         assert first == 0x88
         live.server.should_exit = True
@@ -6409,9 +6420,9 @@ def test_a_stop_does_not_close_again_who_is_being_closed() -> None:
 def test_wrong_admin_tokens_are_counted_apart_and_logged(
     live: Live, connect: Connect, logged: list[Any]
 ) -> None:
-    before = metrics(live.port)
-    http.get(f"http://127.0.0.1:{live.port}/clients")
-    after = metrics(live.port)
+    before = metrics(live)
+    http.get(f"{live.url}/clients")
+    after = metrics(live)
     for name, change in (("admin_unauthorized", 1), ("unauthorized", 0)):
         series = f'errors_total{{type="{name}"}}'
         assert after[series] - before[series] == change
@@ -6425,49 +6436,49 @@ def test_a_body_over_the_limit_is_told_which_setting_decides(api: httpx.Client) 
 
 
 def test_a_client_joins_and_leaves_a_room_by_the_api(connect: Connect, server: Process) -> None:
-    member, client = connect("/in?room=garden"), connect()
+    member, client = connect(server, "/in?room=garden"), connect(server)
     client_id = id_of(client)
-    with httpx.Client(base_url=f"http://127.0.0.1:{server.port}", headers=ADMIN) as api:
-        url = f"/clients/{client_id.upper()}/rooms/garden"
-        for _ in range(2):
-            answer = api.put(url)
-            assert (answer.status_code, answer.content) == (204, b"")
-        assert api.get(f"/clients/{client_id}").json()["rooms"] == ["garden"]
-        say(client, "m", to="#garden")
-        assert hear(member)["event_name"] == "m"
-        assert api.put(url, params={"listen_only": True}).status_code == 204
-        assert ask(client, "m", to="#garden")["payload"]["code"] == "not_in_room"
-        for _ in range(2):
-            answer = api.delete(url)
-            assert (answer.status_code, answer.content) == (204, b"")
-        assert api.get(f"/clients/{client_id}").json()["rooms"] == []
-        say(member, "m", to="#garden")
-        hear_all(member)
-        assert hear_all(client) == []
+    api = server.api
+    url = f"/clients/{client_id.upper()}/rooms/garden"
+    for _ in range(2):
+        answer = api.put(url)
+        assert (answer.status_code, answer.content) == (204, b"")
+    assert api.get(f"/clients/{client_id}").json()["rooms"] == ["garden"]
+    say(client, "m", to="#garden")
+    assert hear(member)["event_name"] == "m"
+    assert api.put(url, params={"listen_only": True}).status_code == 204
+    assert ask(client, "m", to="#garden")["payload"]["code"] == "not_in_room"
+    for _ in range(2):
+        answer = api.delete(url)
+        assert (answer.status_code, answer.content) == (204, b"")
+    assert api.get(f"/clients/{client_id}").json()["rooms"] == []
+    say(member, "m", to="#garden")
+    hear_all(member)
+    assert hear_all(client) == []
 
 
 @pytest.mark.parametrize("room", GOOD_ROOMS)
 def test_a_room_of_any_name_is_in_the_path_and_in_the_list(
     connect: Connect, live: Live, room: str
 ) -> None:
-    client_id = id_of(connect())
-    with httpx.Client(base_url=f"http://127.0.0.1:{live.port}", headers=ADMIN) as api:
-        url = f"/clients/{client_id}/rooms/{quote(room, safe='')}"
-        assert api.put(url).status_code == 204
-        page = api.get("/clients", params={"room": room}).json()
-        assert [client["rooms"] for client in page["clients"]] == [[room]]
-        body = {"event_name": "news", "to": f"#{room}"}
-        assert api.post("/messages", json=body).json() == {"recipients": 1, "partial": False}
-        assert api.delete(url).status_code == 204
-        assert api.get("/clients", params={"room": room}).json()["total"] == 0
+    client_id = id_of(connect(live))
+    api = live.api
+    url = f"/clients/{client_id}/rooms/{quote(room, safe='')}"
+    assert api.put(url).status_code == 204
+    page = api.get("/clients", params={"room": room}).json()
+    assert [client["rooms"] for client in page["clients"]] == [[room]]
+    body = {"event_name": "news", "to": f"#{room}"}
+    assert api.post("/messages", json=body).json() == {"recipients": 1, "partial": False}
+    assert api.delete(url).status_code == 204
+    assert api.get("/clients", params={"room": room}).json()["total"] == 0
 
 
 @pytest.mark.parametrize("method", ["PUT", "DELETE"])
 def test_the_routes_of_rooms_refuse_what_they_cannot_do(
     connect: Connect, live: Live, method: str
 ) -> None:
-    client_id = id_of(connect())
-    with httpx.Client(base_url=f"http://127.0.0.1:{live.port}") as api:
+    client_id = id_of(connect(live))
+    with httpx.Client(base_url=live.url) as api:
         url = f"/clients/{client_id}/rooms/garden"
         answer = api.request(method, url)
         assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
@@ -6496,40 +6507,38 @@ def test_a_bad_room_is_refused_by_the_list_and_by_an_announcement(
 def test_an_announcement_to_a_room_reaches_its_members_if_there_are_any(
     connect: Connect, server: Process
 ) -> None:
-    member, stranger = connect("/in?room=garden"), connect()
+    member, stranger = connect(server, "/in?room=garden"), connect(server)
     id_of(member), id_of(stranger)
-    url = f"http://127.0.0.1:{server.port}/messages"
+    url = "/messages"
     for room, recipients in (("garden", 1), ("cellar", 0)):
         body = {"event_name": "news", "payload": 1, "to": f"#{room}"}
-        answer = http.post(url, json=body, headers=ADMIN)
+        answer = server.api.post(url, json=body)
         expected = {"recipients": recipients, "partial": False}
         assert (answer.status_code, answer.json()) == (202, expected)
     assert hear_all(member) == [message_from("server", "news", "#garden", payload=1)]
     assert hear_all(stranger) == []
-    assert http.post(url, json={"event_name": "x", "to": "#"}, headers=ADMIN).status_code == 422
+    assert server.api.post(url, json={"event_name": "x", "to": "#"}).status_code == 422
 
 
 def test_the_list_of_a_room_has_its_members_with_their_rooms_sorted(
     connect: Connect, server: Process
 ) -> None:
-    gardeners = [connect("/in?room=garden&room=b&room=a&room=C") for _ in range(5)]
-    connect("/in?room=kitchen")
+    gardeners = [connect(server, "/in?room=garden&room=b&room=a&room=C") for _ in range(5)]
+    connect(server, "/in?room=kitchen")
     ids = [id_of(client) for client in gardeners]
-    with httpx.Client(base_url=f"http://127.0.0.1:{server.port}", headers=ADMIN) as api:
-        first = api.get("/clients", params={"room": "garden", "limit": 3}).json()
-        rest = api.get("/clients", params={"room": "garden", "after": first["next"]}).json()
-        assert [client["id"] for page in (first, rest) for client in page["clients"]] == ids
-        assert (first["total"], first["partial"], rest["next"]) == (5, False, None)
-        assert {tuple(client["rooms"]) for client in first["clients"]} == {
-            ("C", "a", "b", "garden")
-        }
-        assert api.get("/clients").json()["total"] == 6
-        assert api.get("/clients", params={"room": "cellar"}).json() == {
-            "total": 0,
-            "next": None,
-            "partial": False,
-            "clients": [],
-        }
+    api = server.api
+    first = api.get("/clients", params={"room": "garden", "limit": 3}).json()
+    rest = api.get("/clients", params={"room": "garden", "after": first["next"]}).json()
+    assert [client["id"] for page in (first, rest) for client in page["clients"]] == ids
+    assert (first["total"], first["partial"], rest["next"]) == (5, False, None)
+    assert {tuple(client["rooms"]) for client in first["clients"]} == {("C", "a", "b", "garden")}
+    assert api.get("/clients").json()["total"] == 6
+    assert api.get("/clients", params={"room": "cellar"}).json() == {
+        "total": 0,
+        "next": None,
+        "partial": False,
+        "clients": [],
+    }
 
 
 def test_list_clients_returns_pages_of_clients_to_handlers(connect: Connect, live: Live) -> None:
@@ -6541,7 +6550,7 @@ def test_list_clients_returns_pages_of_clients_to_handlers(connect: Connect, liv
         first = await datadivr.list_clients(limit=1)
         pages.extend([first, await datadivr.list_clients(100, first.next or "", "garden")])
 
-    clients = [connect(), connect()]
+    clients = [connect(live), connect(live)]
     ids = [id_of(client) for client in clients]
     assert ask(clients[1], "look", id=1)["event_name"] == "ok"
     assert all(isinstance(page, datadivr.ClientPage) for page in pages)
@@ -6569,21 +6578,21 @@ def test_openapi_describes_rooms(api: httpx.Client) -> None:
 def test_an_id_is_the_same_in_whatever_case_it_is_written(
     connect: Connect, server: Process, spell: Callable[[str], str]
 ) -> None:
-    client, sender = connect(), connect()
+    client, sender = connect(server), connect(server)
     client_id = id_of(client)
     spelled = spell(client_id)
     assert spelled != client_id
     say(sender, "m", to=spelled)
     assert hear(client)["event_name"] == "m"
-    with httpx.Client(base_url=f"http://127.0.0.1:{server.port}", headers=ADMIN) as api:
-        assert api.get(f"/clients/{spelled}").json()["id"] == client_id
-        body = {"event_name": "news", "to": spelled}
-        assert api.post("/messages", json=body).json()["recipients"] == 1
-        assert hear(client)["event_name"] == "news"
-        assert api.put(f"/clients/{spelled}/rooms/garden").status_code == 204
-        assert api.get(f"/clients/{client_id}").json()["rooms"] == ["garden"]
-        assert api.delete(f"/clients/{spelled}/rooms/garden").status_code == 204
-        assert api.delete(f"/clients/{spelled}").status_code == 204
+    api = server.api
+    assert api.get(f"/clients/{spelled}").json()["id"] == client_id
+    body = {"event_name": "news", "to": spelled}
+    assert api.post("/messages", json=body).json()["recipients"] == 1
+    assert hear(client)["event_name"] == "news"
+    assert api.put(f"/clients/{spelled}/rooms/garden").status_code == 204
+    assert api.get(f"/clients/{client_id}").json()["rooms"] == ["garden"]
+    assert api.delete(f"/clients/{spelled}/rooms/garden").status_code == 204
+    assert api.delete(f"/clients/{spelled}").status_code == 204
     assert close_code(client) in (1008, 1006)  # granian loses the close frame
 
 
@@ -6715,12 +6724,7 @@ def test_a_host_includes_the_router(registry: None) -> None:
     )
     with Live(host) as live, dial(f"ws://127.0.0.1:{live.port}/realtime/ws") as client:
         assert id_of(client)
-        assert (
-            http.get(f"http://127.0.0.1:{live.port}/realtime/clients", headers=ADMIN).json()[
-                "total"
-            ]
-            == 1
-        )
+        assert live.api.get("/realtime/clients").json()["total"] == 1
     assert len(asked) == 2
 
 
@@ -6735,14 +6739,9 @@ def test_a_host_mounts_the_application_without_a_lifespan(
     host.mount("/realtime", datadivr.app)
     with Live(host) as live, dial(f"ws://127.0.0.1:{live.port}/realtime/ws") as client:
         assert id_of(client)
-        assert http.get(f"http://127.0.0.1:{live.port}/realtime/clients").status_code == 401
+        assert http.get(f"{live.url}/realtime/clients").status_code == 401
         headers = {"Authorization": f"Bearer {made_up_token('/realtime/console')}"}
-        assert (
-            http.get(f"http://127.0.0.1:{live.port}/realtime/clients", headers=headers).json()[
-                "total"
-            ]
-            == 1
-        )
+        assert http.get(f"{live.url}/realtime/clients", headers=headers).json()["total"] == 1
 
 
 def test_an_endpoint_that_returns_without_an_answer_is_an_error_as_ever(live: Live) -> None:
@@ -6756,7 +6755,7 @@ def test_an_endpoint_that_returns_without_an_answer_is_an_error_as_ever(live: Li
 
 
 def test_a_slash_behind_ws_is_let_pass(connect: Connect, live: Live) -> None:
-    assert id_of(connect("/ws/"))
+    assert id_of(connect(live, "/ws/"))
 
 
 def test_a_wrong_path_is_logged_once_a_minute(
@@ -6764,7 +6763,7 @@ def test_a_wrong_path_is_logged_once_a_minute(
 ) -> None:
     for _ in range(2):
         with pytest.raises(InvalidStatus):
-            connect("/wss")
+            connect(live, "/wss")
     told = [entry["log_level"] for entry in logged if entry["event"] == "no_such_path"]
     assert told == ["warning", "debug"]
 
@@ -6863,24 +6862,17 @@ class Node(Process):
         command = ["-m", "uvicorn", app, "--port", "{port}", "--log-level", "warning"]
         super().__init__(*command, cwd=folder, DATADIVR_REDIS_URL=url, **variables)
         self.wait_until_up()
-        self.api = httpx.Client(
-            base_url=f"http://127.0.0.1:{self.port}", headers=ADMIN, verify=False
-        )
 
     @property
     def redis_errors(self) -> int:
-        return int(metrics(self.port)['errors_total{type="redis"}'])
+        return int(metrics(self)['errors_total{type="redis"}'])
 
     @property
     def joined(self) -> bool:
-        return metrics(self.port)["redis_up"] == 1
+        return metrics(self)["redis_up"] == 1
 
     def ids(self) -> set[str]:
         return {client["id"] for client in self.api.get("/clients").json()["clients"]}
-
-    def __exit__(self, *_: object) -> None:
-        self.api.close()
-        super().__exit__()
 
 
 FAILED_HANDLER = r"^.*\bhandler_error\b.*\n(?:(?!\d{4}-|[A-Z]+:).*\n?)*"
@@ -7385,7 +7377,7 @@ def test_messages_of_one_turn_share_a_publish(cluster: Cluster, pair: Pair) -> N
     def publishes() -> int:
         return int(server.client.info("commandstats")["cmdstat_publish"]["calls"])
 
-    with raw_client(one.port) as client:
+    with raw_client(one) as client:
         before = publishes()
         client.sendall(masked('{"event_name": "m"}') * 200)
         for _ in range(200):
@@ -8213,7 +8205,7 @@ def test_run_as_a_program_it_is_the_module_that_handlers_import(tmp_path: Path) 
     (tmp_path / "datadivr.py").write_text(f'{head}{ours}if __name__ == "__main__":\n{tail}')
     with Process("datadivr.py", "--port", "{port}", cwd=tmp_path) as process:
         process.wait_until_up()
-        with dial(f"ws://127.0.0.1:{process.port}/ws", max_size=None) as client:
+        with dial(process.ws, max_size=None) as client:
             assert id_of(client)
             client.send("x" * (1 << 20) + "x")
             assert close_code(client) == 1009
@@ -8266,11 +8258,11 @@ def test_sigterm_closes_every_client_and_ends_in_time_with_stalled_ones_connecte
         contextlib.ExitStack() as stack,
     ):
         process.wait_until_up()
-        stalled = [stack.enter_context(raw_client(process.port, buffer=4096)) for _ in range(3)]
-        url = f"ws://127.0.0.1:{process.port}/ws"
+        stalled = [stack.enter_context(raw_client(process, buffer=4096)) for _ in range(3)]
+        url = process.ws
         clients = [stack.enter_context(dial(url, max_size=None)) for _ in range(20)]
         for client in stalled:
-            stall(process.port, own_id(client))
+            stall(process, own_id(client))
 
         def talk(client: ClientConnection) -> None:
             with contextlib.suppress(ConnectionClosed):
@@ -8285,8 +8277,8 @@ def test_sigterm_closes_every_client_and_ends_in_time_with_stalled_ones_connecte
         ]
         for thread in (talker, *readers):
             thread.start()
-        wait_until(lambda: metrics(process.port)["messages_sent_total"] > 2000, "the load")
-        assert total(process.port) == 23
+        wait_until(lambda: metrics(process)["messages_sent_total"] > 2000, "the load")
+        assert total(process) == 23
         start = time.monotonic()
         status = process.stop()
         assert time.monotonic() - start < 5
@@ -8352,9 +8344,9 @@ def load_client(page: Page, url: str, module: str = "/client.js?v=2") -> None:
 class Tab:
     """A page with the client and a clock that stands still; a test plays the server of `play`."""
 
-    def __init__(self, page: Page, port: int) -> None:
+    def __init__(self, page: Page, server: Served) -> None:
         self.page = page
-        self.port = port
+        self.server = server
         self.sockets: list[WebSocketRoute] = []
         self.told: list[Json] = []  # what the server that is played has heard
         self.complaints: list[str] = []
@@ -8364,7 +8356,7 @@ class Tab:
         self.load()
 
     def load(self) -> None:
-        load_client(self.page, f"http://127.0.0.1:{self.port}/healthz")
+        load_client(self.page, f"{self.server.url}/healthz")
         self.get("Math.random = () => 0")
 
     def _accept(self, socket: WebSocketRoute) -> None:
@@ -8432,7 +8424,7 @@ def still(browser: Browser) -> Iterator[BrowserContext]:
 @pytest.fixture
 def tab(still: BrowserContext, live: Live) -> Iterator[Tab]:
     with still.new_page() as page:
-        opened = Tab(page, live.port)
+        opened = Tab(page, live)
         yield opened
         assert opened.complaints == []
 
@@ -8529,7 +8521,7 @@ def test_the_client_finds_its_server_below_prefixes_and_mounts_under_a_strict_po
         urls: list[str] = []
         page.on("websocket", lambda socket: urls.append(httpx.URL(socket.url).path))
         page.on("console", lambda message: complaints.append(message.text))
-        page.goto(f"http://127.0.0.1:{running.port}/{kind}")
+        page.goto(f"{running.url}/{kind}")
         wait_until(lambda: page.evaluate("globalThis.ids"), "three connections")
         assert set(page.evaluate("ids")) == set(datadivr.clients)
         assert kind == "worker" or sorted(urls) == ["/one/ws", "/three/ws", "/two/ws"]
@@ -8548,7 +8540,7 @@ def test_the_client_of_a_renamed_file_finds_it_behind_nginx_under_a_path(
         with nginx(tmp_path, configuration) as proxy, context.new_page() as page:
             process.wait_until_up()
             proxy.wait_until_up(f"{passed}healthz")
-            url = f"http://127.0.0.1:{proxy.port}{passed}"
+            url = f"{proxy.url}{passed}"
             load_client(page, f"{url}healthz", f"{url}client.js")
             page.evaluate("go()")
             wait_until(lambda: page.evaluate("states.at(-1)?.[0]") == "open", "the page")
@@ -8557,9 +8549,9 @@ def test_the_client_of_a_renamed_file_finds_it_behind_nginx_under_a_path(
 def test_a_page_from_elsewhere_imports_the_client_and_is_let_in_where_it_is_listed(
     tab: Tab, configure: Callable[..., None]
 ) -> None:
-    configure(allowed_origins=(f"http://localhost:{tab.port}",))
-    module = f"http://127.0.0.1:{tab.port}/client.js"
-    load_client(tab.page, f"http://localhost:{tab.port}/healthz", module)
+    configure(allowed_origins=(f"http://localhost:{tab.server.port}",))
+    module = f"{tab.server.url}/client.js"
+    load_client(tab.page, f"http://localhost:{tab.server.port}/healthz", module)
     tab.go_in()
 
 
@@ -8649,7 +8641,7 @@ def test_the_client_comes_back_when_an_open_connection_is_lost(tab: Tab) -> None
 def test_a_client_that_an_administrator_disconnects_stays_away(tab: Tab) -> None:
     tab.go_in()
     (client_id,) = datadivr.clients
-    http.delete(f"http://127.0.0.1:{tab.port}/clients/{client_id}", headers=ADMIN)
+    tab.server.api.delete(f"/clients/{client_id}")
     tab.wait_for_state("closed")
     tab.get("dispatchEvent(new Event('online'))")
     tab.run_for(100_000)
@@ -8660,7 +8652,7 @@ def test_a_client_that_an_administrator_disconnects_stays_away(tab: Tab) -> None
 def test_a_client_that_is_refused_three_times_says_so_and_goes_on_every_30_seconds(
     tab: Tab, configure: Callable[..., None]
 ) -> None:
-    tab.go(url=f"ws://localhost:{tab.port}/ws")  # of another origin than the page
+    tab.go(url=f"ws://localhost:{tab.server.port}/ws")  # of another origin than the page
     for count, pause in ((1, 500), (2, 1000)):
         tab.wait_for_failure(count)
         assert tab.get("states") == [["connecting", ""]]
@@ -8673,7 +8665,7 @@ def test_a_client_that_is_refused_three_times_says_so_and_goes_on_every_30_secon
         tab.run_for(1)
         assert tab.get("tries.length") == count + 1
     tab.wait_for_failure(5)
-    configure(allowed_origins=(f"http://127.0.0.1:{tab.port}",))
+    configure(allowed_origins=(tab.server.url,))
     tab.get("dispatchEvent(new Event('online'))")
     tab.wait_for_state("open")
     configure(allowed_origins=())
@@ -8696,7 +8688,7 @@ def test_an_answer_of_a_proxys_is_not_taken_for_a_refusal_and_ends_their_row(
         route.fulfill(status=status, body=body)
 
     tab.page.route("**/gone/healthz", answer)
-    tab.go(url=f"ws://127.0.0.1:{tab.port}/gone/ws")
+    tab.go(url=f"ws://127.0.0.1:{tab.server.port}/gone/ws")
     for count, pause in enumerate((500, 1000, 2000, 0), 1):
         tab.wait_for_failure(count)
         tab.run_for(pause)
@@ -8706,7 +8698,7 @@ def test_an_answer_of_a_proxys_is_not_taken_for_a_refusal_and_ends_their_row(
 def test_what_is_heard_of_the_servers_health_too_late_does_not_count(tab: Tab) -> None:
     asked: list[Route] = []
     tab.page.route("**/gone/healthz", lambda route: asked.append(route))
-    tab.go(url=f"ws://127.0.0.1:{tab.port}/gone/ws")
+    tab.go(url=f"ws://127.0.0.1:{tab.server.port}/gone/ws")
     for count, pause in enumerate((500, 1000, 2000), 1):
         tab.wait_for(f"failed === {count}")
         tab.run_for(pause)
@@ -8774,7 +8766,7 @@ def test_a_question_has_its_answer_of_the_server_or_of_the_client_that_it_names_
     assert tab.get("heard.map(({ from_id }) => from_id)") == ["spy"]
 
 
-def test_questions_have_the_servers_answers(tab: Tab, connect: Connect) -> None:
+def test_questions_have_the_servers_answers(tab: Tab, connect: Connect, live: Live) -> None:
     tab.go_in()
     gone = "No client with the id in `to` is connected."
     for words, outcome in (
@@ -8788,7 +8780,7 @@ def test_questions_have_the_servers_answers(tab: Tab, connect: Connect) -> None:
     ):
         tab.page.evaluate("(words) => ask(...JSON.parse(words))", json.dumps(words))
         assert tab.outcome()[: len(outcome)] == outcome
-    friend = connect()
+    friend = connect(live)
     tab.ask("question", None, {"to": id_of(friend)})
     asked = hear(friend)
     say(friend, "answer", payload=42, to=asked["from_id"], id=asked["id"])
@@ -8971,7 +8963,7 @@ def browser() -> Iterator[Browser]:
 def context(browser: Browser, shared: Live) -> Iterator[BrowserContext]:
     """Keep a page open, whose process the tests' pages share: to start one each takes 0.5 s."""
     with browser.new_context() as context:
-        context.new_page().goto(f"http://127.0.0.1:{shared.port}/healthz")
+        context.new_page().goto(f"{shared.url}/healthz")
         yield context
 
 
@@ -8992,8 +8984,8 @@ def page(context: BrowserContext) -> Iterator[Page]:
     page.close()
 
 
-def open_console(page: Page, port: int, path: str = "/console", token: str = TOKEN) -> None:
-    page.goto(f"http://127.0.0.1:{port}{path}")
+def open_console(page: Page, server: Served, path: str = "/console", token: str = TOKEN) -> None:
+    page.goto(f"{server.url}{path}")
     page.get_by_label("Admin token").fill(token)
     page.get_by_label("Admin token").press("Enter")
 
@@ -9059,9 +9051,9 @@ def caption(page: Page, name: str) -> Locator:
 
 def test_the_console_shows_the_clients(page: Page, live: Live, connect: Connect) -> None:
     datadivr._connected.set(0)  # other tests have clients that it never counted
-    clients = [connect(), connect()]
+    clients = [connect(live), connect(live)]
     ids = [id_of(client) for client in clients]
-    open_console(page, live.port)
+    open_console(page, live)
     expect(rows(page)).to_have_count(2)
     for row, client, client_id in zip(rows(page).all(), clients, ids, strict=True):
         host, port = client.local_address
@@ -9074,8 +9066,8 @@ def test_the_console_shows_the_clients(page: Page, live: Live, connect: Connect)
 
 
 def test_the_console_draws_rates(page: Page, live: Live, connect: Connect) -> None:
-    client = connect()
-    open_console(page, live.port)
+    client = connect(live)
+    open_console(page, live)
     wait_until_live(page)
     sentence = "One message to three clients counts three."
     deliveries = page.get_by_role("figure", name="Deliveries out")
@@ -9093,7 +9085,7 @@ def test_the_console_draws_rates(page: Page, live: Live, connect: Connect) -> No
 
 def test_the_console_takes_counters_that_go_down_for_a_restart(page: Page, live: Live) -> None:
     fake_figures(page, figures(900), figures(10))
-    open_console(page, live.port)
+    open_console(page, live)
     expect(caption(page, "Messages in")).to_have_text(re.compile("Messages in 0/s peak 0/s since "))
 
 
@@ -9115,7 +9107,7 @@ def leap(page: Page, seconds: int) -> None:
 def test_the_console_says_of_which_time_its_figures_are(page: Page, live: Live) -> None:
     line = 'datadivr_errors_total{{type="late"}} {}\n'
     fake_figures(page, figures(errors=line.format(2)))
-    open_console(page, live.port)
+    open_console(page, live)
     text = caption(page, "Messages in")
     expect(text).to_contain_text(re.compile(r"peak 0/s since \d+:\d\d:\d\d"))
     fake_figures(page, figures(errors=line.format(5)))
@@ -9133,7 +9125,7 @@ def test_a_chart_has_an_axis_of_two_minutes_and_fills_from_the_right(
     page: Page, live: Live
 ) -> None:
     fake_figures(page, figures())
-    open_console(page, live.port)
+    open_console(page, live)
     chart = page.get_by_role("figure", name="Messages in")
     for text in ("2 minutes ago", "1 minute ago", "now"):
         expect(chart.get_by_text(text)).to_be_visible()
@@ -9154,7 +9146,7 @@ def test_a_chart_has_an_axis_of_two_minutes_and_fills_from_the_right(
 def test_the_console_lists_errors_by_type(page: Page, live: Live) -> None:
     named = 'datadivr_errors_total{type="a\\"b\\\\c<b>"} 3.0\n'
     fake_figures(page, figures(errors=named + 'datadivr_errors_total{type="never"} 0.0\n'))
-    open_console(page, live.port)
+    open_console(page, live)
     text = re.compile(r'^a"b\\c<b>\s0 since .*, 3 in all$')
     expect(page.get_by_role("listitem")).to_have_text([text])
 
@@ -9162,7 +9154,7 @@ def test_the_console_lists_errors_by_type(page: Page, live: Live) -> None:
 def test_the_console_sorts_by_unsent_bytes(page: Page, live: Live) -> None:
     clients: list[Json] = [{"id": str(n), "buffered_bytes": n % 7} for n in range(45)]
     fake_clients(page, clients)
-    open_console(page, live.port)
+    open_console(page, live)
     expect(rows(page).first).to_contain_text("[2001:db8::1]:55555 0")
     page.get_by_label("Slowest first").check()
     expect(rows(page).get_by_role("rowheader").first).to_have_text("[2001:db8::1]:55555 6")
@@ -9173,7 +9165,7 @@ def test_the_console_finds_a_client_by_address_id_user_or_room(page: Page, live:
     clients: list[Json] = [{"id": f"id-{n}", "address": f"10.0.0.{n}:1"} for n in range(10)]
     clients[7] |= {"user": "bob", "rooms": ["garden"]}
     fake_clients(page, clients)
-    open_console(page, live.port)
+    open_console(page, live)
     for text in ("10.0.0.7:", "ID-7", "Bob", "Garden", "#garden"):
         page.get_by_label("Address, id, user or room").fill("nobody")
         expect(rows(page)).to_have_count(0)
@@ -9183,16 +9175,16 @@ def test_the_console_finds_a_client_by_address_id_user_or_room(page: Page, live:
 
 def join(live: Live, client_id: str, *rooms: str) -> None:
     for room in rooms:
-        url = f"http://127.0.0.1:{live.port}/clients/{client_id}/rooms/{room}"
-        assert http.put(url, headers=ADMIN).status_code == 204
+        url = f"/clients/{client_id}/rooms/{room}"
+        assert live.api.put(url).status_code == 204
 
 
 def test_the_console_shows_rooms_and_finds_clients_by_them(
     page: Page, live: Live, connect: Connect
 ) -> None:
-    ids = [id_of(connect()) for _ in range(2)]
+    ids = [id_of(connect(live)) for _ in range(2)]
     join(live, ids[1], "garden", "user:ada")
-    open_console(page, live.port)
+    open_console(page, live)
     expect(page.get_by_role("columnheader", name="Rooms")).to_be_visible()
     expect(rows(page)).to_have_count(2)
     for row, rooms in zip(rows(page).all(), ("", "#garden #user:ada"), strict=True):
@@ -9203,7 +9195,7 @@ def test_the_console_shows_rooms_and_finds_clients_by_them(
 
 def test_the_console_lists_clients_of_a_node_that_knows_no_rooms(page: Page, live: Live) -> None:
     fake_clients(page, [{"id": "old", "user": None}, {"id": "new", "rooms": ["garden"]}])
-    open_console(page, live.port)
+    open_console(page, live)
     expect(rows(page)).to_have_count(2)
     page.get_by_label("Address, id, user or room").fill("garden")
     expect(rows(page).get_by_role("rowheader")).to_have_text(["[2001:db8::1]:55555 new"])
@@ -9211,7 +9203,7 @@ def test_the_console_lists_clients_of_a_node_that_knows_no_rooms(page: Page, liv
 
 def test_ten_thousand_clients_do_not_hold_up_the_page(page: Page, live: Live) -> None:
     fake_clients(page, [{"id": "1"}])
-    open_console(page, live.port)
+    open_console(page, live)
     expect(rows(page)).to_have_count(1)
     page.get_by_label("Slowest first").check()
     milliseconds = page.evaluate("""() => {
@@ -9227,7 +9219,7 @@ def test_ten_thousand_clients_do_not_hold_up_the_page(page: Page, live: Live) ->
 def test_the_console_says_whose_figures_it_shows(page: Page, live: Live) -> None:
     fake_clients(page, [{"id": str(n)} for n in range(3)])
     fake_figures(page, figures(clients=2))
-    open_console(page, live.port)
+    open_console(page, live)
     sentence = "Figures and errors are of one process or machine: 2 of 3 clients."
     expect(page.get_by_text(sentence)).to_be_visible()
     fake_figures(page, figures(clients=3))
@@ -9237,7 +9229,7 @@ def test_the_console_says_whose_figures_it_shows(page: Page, live: Live) -> None
 def test_the_console_shows_nodes_where_there_are_several(page: Page, live: Live) -> None:
     clients = [{"id": name * 8, "node": name * 8} for name in "ab"]
     fake_clients(page, clients, partial=True)
-    open_console(page, live.port)
+    open_console(page, live)
     expect(page.get_by_role("columnheader", name="Node")).to_be_visible()
     expect(rows(page).first.get_by_role("cell").nth(1)).to_have_text("aaaaaaaa")
     expect(page.get_by_text("Some nodes did not answer")).to_be_visible()
@@ -9250,7 +9242,7 @@ def test_the_console_shows_nodes_where_there_are_several(page: Page, live: Live)
 
 def test_a_small_screen_shows_each_figure_apart(page: Page, live: Live) -> None:
     fake_clients(page, [{"id": 4 * f"{name}1111111-"} for name in "ab"])
-    open_console(page, live.port)
+    open_console(page, live)
     wait_until_live(page)
     body = page.locator("tbody")  # its rows are redrawn
     places = """(body) => Array.from(body.rows[0].cells, (cell) => {
@@ -9269,7 +9261,7 @@ def test_a_small_screen_shows_each_figure_apart(page: Page, live: Live) -> None:
 def test_a_small_screen_shows_every_column_with_its_name(page: Page, live: Live) -> None:
     fake_clients(page, [{"id": "1", "rooms": ["garden"]}, {"id": "2", "node": "b" * 8}])
     page.set_viewport_size({"width": 390, "height": 900})
-    open_console(page, live.port)
+    open_console(page, live)
     cells = rows(page).first.locator("td")
     expect(cells).to_have_count(8)
     names = cells.evaluate_all(
@@ -9287,7 +9279,7 @@ def test_an_empty_cell_is_not_read_by_the_name_of_its_column(
 ) -> None:
     fake_clients(page, [{"id": "1", "rooms": []}])
     page.set_viewport_size({"width": width, "height": 900})
-    open_console(page, live.port)
+    open_console(page, live)
     expect(rows(page).get_by_role("cell").first).to_have_accessible_name("")
     expect(rows(page).get_by_role("cell").first).to_have_accessible_description("")
 
@@ -9297,7 +9289,7 @@ def test_the_outline_of_a_field_stands_out(
     page: Page, live: Live, theme: Literal["light", "dark"]
 ) -> None:
     page.emulate_media(color_scheme=theme)
-    open_console(page, live.port)
+    open_console(page, live)
     wait_until_live(page)
     colors = """(field) => {
       const own = getComputedStyle(field), card = getComputedStyle(field.closest(".card"));
@@ -9320,7 +9312,7 @@ def test_a_lost_server_and_the_last_figures_moment_are_seen_wherever_one_has_scr
 ) -> None:
     fake_clients(page, [{"id": str(n)} for n in range(20)])
     page.set_viewport_size({"width": 390, "height": 900})
-    open_console(page, live.port)
+    open_console(page, live)
     wait_until_live(page)
     expect(rows(page)).to_have_count(20)
     page.evaluate("document.querySelector('#rows').lastElementChild.scrollIntoView()")
@@ -9331,14 +9323,14 @@ def test_a_lost_server_and_the_last_figures_moment_are_seen_wherever_one_has_scr
 
 @pytest.mark.parametrize("token", ["wrong", "tökén"])
 def test_the_console_says_that_a_token_is_wrong(page: Page, live: Live, token: str) -> None:
-    open_console(page, live.port, token=token)
+    open_console(page, live, token=token)
     expect(page.get_by_role("alert")).to_have_text("The server refuses this token.")
     expect(page.get_by_label("Admin token")).to_be_focused()
     assert page.evaluate("sessionStorage.length") == 0
 
 
 def test_the_console_keeps_the_token_until_one_signs_out(page: Page, live: Live) -> None:
-    open_console(page, live.port)
+    open_console(page, live)
     wait_until_live(page)
     page.reload()
     wait_until_live(page)
@@ -9353,7 +9345,7 @@ def test_the_server_shows_a_link_that_opens_the_console_signed_in(
 ) -> None:
     configure(admin_token=None)
     token = datadivr._admin_token()
-    url = f"http://127.0.0.1:{live.port}/console"
+    url = f"{live.url}/console"
     page.goto(f"{url}#token={made_up_token()}")
     assert page.url == url
     wait_until_live(page)
@@ -9366,7 +9358,7 @@ def test_the_server_shows_a_link_that_opens_the_console_signed_in(
 def test_the_console_asks_for_the_token_again_once_it_is_refused(
     page: Page, live: Live, configure: Callable[..., None]
 ) -> None:
-    open_console(page, live.port)
+    open_console(page, live)
     wait_until_live(page)
     configure(admin_token="another")
     datadivr._admin_token.cache_clear()
@@ -9376,8 +9368,8 @@ def test_the_console_asks_for_the_token_again_once_it_is_refused(
 def test_an_announcement_from_the_console_reaches_all(
     page: Page, live: Live, connect: Connect
 ) -> None:
-    clients = [connect(), connect()]
-    open_console(page, live.port)
+    clients = [connect(live), connect(live)]
+    open_console(page, live)
     page.get_by_label("Event name").fill(IMAGE)
     page.get_by_label("Sentence for people (optional)").fill("Hello, all.")
     page.get_by_label("Payload").fill('{"n": 12345678901234567890}')
@@ -9393,8 +9385,8 @@ def test_an_announcement_from_the_console_reaches_all(
 def test_an_announcement_from_the_console_reaches_one(
     page: Page, live: Live, connect: Connect
 ) -> None:
-    clients = [connect(), connect()]
-    open_console(page, live.port)
+    clients = [connect(live), connect(live)]
+    open_console(page, live)
     rows(page).nth(1).get_by_role("button", name="Message").click()
     page.keyboard.type("hint")
     page.keyboard.press("Enter")
@@ -9406,9 +9398,9 @@ def test_an_announcement_from_the_console_reaches_one(
 def test_an_announcement_from_the_console_reaches_a_room(
     page: Page, live: Live, connect: Connect
 ) -> None:
-    member, stranger = connect(), connect()
+    member, stranger = connect(live), connect(live)
     join(live, id_of(member), "garden")
-    open_console(page, live.port)
+    open_console(page, live)
     page.get_by_label("Event name").fill("news")
     page.get_by_label("To: all, #room or an id").fill("#garden")
     page.get_by_role("button", name="Send").click()
@@ -9424,7 +9416,7 @@ def test_the_console_says_what_is_wrong_with_an_announcement(page: Page, live: L
         ("To: all, #room or an id", "nobody", "No client with this id is connected."),
         ("Event name", "$connect", "event_name: String should match pattern"),
     ]
-    open_console(page, live.port)
+    open_console(page, live)
     for label, text, fault in faults:
         page.get_by_label("Event name").fill("news")
         field = page.get_by_label(label)
@@ -9444,7 +9436,7 @@ def test_the_console_says_what_is_wrong_with_an_announcement(page: Page, live: L
 
 
 def test_an_old_outcome_goes_when_a_field_is_missing(page: Page, live: Live) -> None:
-    open_console(page, live.port)
+    open_console(page, live)
     name = page.get_by_label("Event name")
     button = page.get_by_role("button", name="Send")
     for pressed, key in ((name, "Enter"), (button, "Space")):
@@ -9466,24 +9458,24 @@ def messages(page: Page) -> Locator:
 
 
 def test_the_console_connects_only_when_it_is_asked_to_watch(live: Live, page: Page) -> None:
-    open_console(page, live.port)
+    open_console(page, live)
     wait_until_live(page)
-    assert total(live.port) == 0
+    assert total(live) == 0
     watch(page)
-    assert total(live.port) == 1
+    assert total(live) == 1
     expect(rows(page).get_by_role("rowheader")).to_have_text([re.compile(r"^\S+ \(this page\) ")])
     page.get_by_role("button", name="Stop").click()
     expect(page.get_by_text("Connection: closed")).to_be_visible()
-    wait_until(lambda: total(live.port) == 0, "the page's client to go")
+    wait_until(lambda: total(live) == 0, "the page's client to go")
     expect(page.get_by_role("button", name="Watch")).to_be_focused()
 
 
 def test_the_console_shows_messages_live_and_folded(
     live: Live, page: Page, connect: Connect
 ) -> None:
-    client = connect()
+    client = connect(live)
     client_id = id_of(client)
-    open_console(page, live.port)
+    open_console(page, live)
     watch(page)
     payload = {"text": IMAGE, "rows": [1, 2]}
     ask(client, "chat", to="all", payload=payload)
@@ -9505,8 +9497,8 @@ def test_the_console_shows_messages_live_and_folded(
 
 
 def test_the_console_filters_messages_by_event(live: Live, page: Page, connect: Connect) -> None:
-    client = connect()
-    open_console(page, live.port)
+    client = connect(live)
+    open_console(page, live)
     watch(page)
     for name in ("chat", "score", "chat"):
         ask(client, name, to="all")
@@ -9526,8 +9518,8 @@ def test_the_console_filters_messages_by_event(live: Live, page: Page, connect: 
 def test_the_console_keeps_200_messages_the_newest_first(
     live: Live, page: Page, connect: Connect
 ) -> None:
-    client = connect()
-    open_console(page, live.port)
+    client = connect(live)
+    open_console(page, live)
     watch(page)
     for n in range(230):
         say(client, f"m{n}", to="all")
@@ -9539,8 +9531,8 @@ def test_the_console_keeps_200_messages_the_newest_first(
 def test_the_list_of_messages_holds_still_while_it_is_paused_or_read(
     live: Live, page: Page, connect: Connect
 ) -> None:
-    client = connect()
-    open_console(page, live.port)
+    client = connect(live)
+    open_console(page, live)
     watch(page)
     ask(client, "first", to="all")
     messages(page).locator("summary").click()
@@ -9556,8 +9548,8 @@ def test_the_list_of_messages_holds_still_while_it_is_paused_or_read(
 
 
 def test_the_console_sends_as_a_client(live: Live, page: Page, connect: Connect) -> None:
-    client = connect()
-    open_console(page, live.port)
+    client = connect(live)
+    open_console(page, live)
     watch(page)
     page.get_by_label("Event name").fill("hint")
     page.get_by_label("Payload").fill('{"n": 12345678901234567890}')
@@ -9578,7 +9570,7 @@ def test_the_console_asks_for_a_client_token_once_it_is_refused(
     live: Live, page: Page, connect: Connect, configure: Callable[..., None]
 ) -> None:
     configure(client_token="for-clients")
-    open_console(page, live.port)
+    open_console(page, live)
     field = page.get_by_placeholder("Client token")
     wait_until_live(page)
     expect(field).to_be_hidden()
@@ -9590,20 +9582,20 @@ def test_the_console_asks_for_a_client_token_once_it_is_refused(
 
 
 def test_who_signs_out_watches_no_more(live: Live, page: Page, connect: Connect) -> None:
-    open_console(page, live.port)
+    open_console(page, live)
     watch(page)
-    ask(connect(), "chat", to="all")
+    ask(connect(live), "chat", to="all")
     expect(messages(page)).to_have_count(1)
     page.get_by_role("button", name="Sign out").click()
-    wait_until(lambda: total(live.port) == 1, "the page's client to go")
+    wait_until(lambda: total(live) == 1, "the page's client to go")
     assert page.locator("#messages > *").count() == 0
 
 
 def test_a_thousand_messages_a_second_do_not_hold_up_the_page(
     live: Live, page: Page, connect: Connect
 ) -> None:
-    client = connect()
-    open_console(page, live.port)
+    client = connect(live)
+    open_console(page, live)
     watch(page)
     page.evaluate("""() => {
       window.drawings = 0;
@@ -9629,9 +9621,9 @@ def test_a_thousand_messages_a_second_do_not_hold_up_the_page(
 
 
 def test_the_console_asks_before_it_disconnects(page: Page, live: Live, connect: Connect) -> None:
-    stays, goes = connect(), connect()
+    stays, goes = connect(live), connect(live)
     host, port = goes.local_address
-    open_console(page, live.port)
+    open_console(page, live)
     button = rows(page).nth(1).get_by_role("button", name="Disconnect")
     dialog = page.get_by_role("dialog", name=f"Disconnect {host}:{port}?")
     button.click()
@@ -9648,7 +9640,7 @@ def test_the_console_asks_before_it_disconnects(page: Page, live: Live, connect:
 
 def test_the_console_says_that_a_client_is_not_disconnected(page: Page, live: Live) -> None:
     fake_clients(page, [{"id": "gone"}])
-    open_console(page, live.port)
+    open_console(page, live)
     rows(page).get_by_role("button", name="Disconnect").click()
     page.get_by_role("dialog").get_by_role("button", name="Disconnect").click()
     text = "[2001:db8::1]:55555: No client with this id is connected."
@@ -9659,7 +9651,7 @@ def test_the_console_recovers_when_the_server_is_back(page: Page) -> None:
     command = ["-m", "uvicorn", "datadivr:app", "--port", "{port}"]
     with Process(*command) as first:
         first.wait_until_up()
-        open_console(page, first.port)
+        open_console(page, first)
         wait_until_live(page)
     expect(
         page.get_by_text("The server does not answer. Trying again every second.")
@@ -9667,7 +9659,7 @@ def test_the_console_recovers_when_the_server_is_back(page: Page) -> None:
     with Process(*command, port=first.port) as second:
         wait_for_status(page, "The server is back.")
         wait_until_live(page)
-        with dial(f"ws://127.0.0.1:{second.port}/ws") as client:
+        with dial(second.ws) as client:
             expect(rows(page)).to_contain_text(id_of(client))
 
 
@@ -9677,7 +9669,7 @@ def test_the_console_says_what_a_proxy_answers(page: Page, live: Live) -> None:
         "**/metrics",
         lambda route: route.fulfill(status=answers[-1], body=IMAGE, content_type="text/html"),
     )
-    open_console(page, live.port)
+    open_console(page, live)
     for status in (502, 503):
         answers.append(status)
         text = f"The server answers {status}. Trying again every second."
@@ -9687,9 +9679,9 @@ def test_the_console_says_what_a_proxy_answers(page: Page, live: Live) -> None:
 def test_what_a_client_or_the_server_says_is_shown_as_text(
     page: Page, live: Live, connect: Connect
 ) -> None:
-    connect(additional_headers={"X-Forwarded-For": IMAGE})
+    connect(live, additional_headers={"X-Forwarded-For": IMAGE})
     page.route("**/messages", lambda route: route.fulfill(status=404, json={"detail": IMAGE}))
-    open_console(page, live.port)
+    open_console(page, live)
     expect(rows(page).get_by_role("rowheader")).to_contain_text(IMAGE)
     page.get_by_label("Event name").fill("news")
     page.get_by_role("button", name="Send").click()
@@ -9699,7 +9691,7 @@ def test_what_a_client_or_the_server_says_is_shown_as_text(
 
 def test_the_console_pages(page: Page, live: Live) -> None:
     fake_clients(page, [{"id": f"id-{n}"} for n in range(45)])
-    open_console(page, live.port)
+    open_console(page, live)
     previous, following = (page.get_by_role("button", name=name) for name in ("Previous", "Next"))
     expect(previous).to_be_disabled()
     shown = []
@@ -9720,8 +9712,8 @@ def test_the_console_pages(page: Page, live: Live) -> None:
 
 
 def test_the_console_works_by_keyboard(page: Page, live: Live, connect: Connect) -> None:
-    client = connect()
-    page.goto(f"http://127.0.0.1:{live.port}/console")
+    client = connect(live)
+    page.goto(f"{live.url}/console")
     page.keyboard.type(TOKEN)
     page.keyboard.press("Enter")
     expect(rows(page)).to_have_count(1)
@@ -9744,11 +9736,11 @@ def test_the_console_works_by_keyboard(page: Page, live: Live, connect: Connect)
 def test_the_focus_returns_from_the_dialog_though_the_list_changes(
     page: Page, live: Live, connect: Connect
 ) -> None:
-    connect()
-    open_console(page, live.port)
+    connect(live)
+    open_console(page, live)
     button = rows(page).first.get_by_role("button", name="Disconnect")
     button.press("Enter")
-    connect()
+    connect(live)
     expect(page.get_by_text("Clients: 2")).to_be_attached()
     page.keyboard.press("Escape")
     expect(button).to_be_focused()
@@ -9757,15 +9749,15 @@ def test_the_focus_returns_from_the_dialog_though_the_list_changes(
 
 
 def test_the_focus_stays_while_the_table_changes(page: Page, live: Live, connect: Connect) -> None:
-    clients = [connect() for _ in range(3)]
-    open_console(page, live.port)
+    clients = [connect(live) for _ in range(3)]
+    open_console(page, live)
     expect(rows(page)).to_have_count(3)
     row = rows(page).filter(has_text=id_of(clients[1]))
     button = row.get_by_role("button", name="Message")
     button.focus()
     clients[0].close()
-    connect()
-    connect()
+    connect(live)
+    connect(live)
     expect(rows(page)).to_have_count(4)
     expect(button).to_be_focused()
     clients[1].close()
@@ -9773,13 +9765,13 @@ def test_the_focus_stays_while_the_table_changes(page: Page, live: Live, connect
 
 
 def test_the_consoles_policy_leaves_no_way_to_run_text(browser: Browser, live: Live) -> None:
-    policy = http.get(f"http://127.0.0.1:{live.port}/console").headers["content-security-policy"]
+    policy = http.get(f"{live.url}/console").headers["content-security-policy"]
     assert "'unsafe-" not in policy
     assert {"default-src 'none'", "connect-src 'self'", "frame-ancestors 'none'"} <= set(
         policy.split("; ")
     )
     with browser.new_page() as page:
-        page.goto(f"http://127.0.0.1:{live.port}/console")
+        page.goto(f"{live.url}/console")
         with pytest.raises(PlaywrightError, match="TrustedHTML"):
             page.evaluate("document.body.innerHTML = '<b>bold</b>'")
 
@@ -9791,15 +9783,15 @@ def test_the_console_works_under_any_path(page: Page, registry: None) -> None:
     host.mount("/mounted", datadivr.app)
     with Live(host) as live:
         for path in ("/console/", "/realtime/console", "/realtime/console/", "/mounted/console"):
-            page.goto(f"http://127.0.0.1:{live.port}{path}#token={TOKEN}")
+            page.goto(f"{live.url}{path}#token={TOKEN}")
             wait_until_live(page)
-            assert page.url == f"http://127.0.0.1:{live.port}{path}"
+            assert page.url == f"{live.url}{path}"
             watch(page)
 
 
 def test_axe_finds_nothing(live: Live, connect: Connect, browser: Browser) -> None:
     axe = node_module("axe-core/axe.min.js")
-    ask(connect(), "m", to="nobody")
+    ask(connect(live), "m", to="nobody")
     with browser.new_context(bypass_csp=True) as context:
         page = context.new_page()
         page.add_init_script(HASTE)
@@ -9822,18 +9814,18 @@ def test_axe_finds_nothing(live: Live, connect: Connect, browser: Browser) -> No
                 ]
             return broken_nodes
 
-        open_console(page, live.port, token="wrong")
+        open_console(page, live, token="wrong")
         expect(page.get_by_text("refuses")).to_be_visible()
         assert violations(looks[::3]) == []
         fake_clients(page, [{"id": str(n), "user": "bob"} for n in range(25)], partial=True)
-        open_console(page, live.port)
+        open_console(page, live)
         expect(rows(page)).to_have_count(20)
         page.get_by_label("Event name").fill("news")
         page.get_by_label("Payload").fill("{oops")
         page.get_by_role("button", name="Send").click()
         expect(page.locator("[aria-invalid=true]")).to_have_count(1)
         watch(page)
-        ask(connect(), "m", to="all")
+        ask(connect(live), "m", to="all")
         expect(messages(page)).to_have_count(1)
         assert violations(looks) == []
         rows(page).first.get_by_role("button", name="Disconnect").click()
@@ -9858,7 +9850,7 @@ def test_each_test_has_the_mark_of_its_section() -> None:
     sections = set(re.findall(SECTION, SOURCE, re.MULTILINE))
     marks = {
         name: [mark for mark in marks_of(test) if mark in sections]
-        for name, test in tests().items()
+        for name, test in all_tests().items()
     }
     assert {name: found for name, found in marks.items() if len(found) != 1} == {}
     assert sections == {mark for (mark,) in marks.values()}
@@ -9986,10 +9978,10 @@ def test_the_server_starts_with_what_the_readme_shows(tmp_path: Path) -> None:
         tokens = re.findall(shown, process.log)
         assert re.search(running, process.log)
         token = {"Authorization": f"Bearer {tokens[0][0]}"}
-        assert http.get(f"http://127.0.0.1:{process.port}/console").status_code == 200
-        url = f"http://127.0.0.1:{process.port}/clients"
+        assert http.get(f"{process.url}/console").status_code == 200
+        url = f"{process.url}/clients"
         assert http.get(url, headers=token).json()["total"] == 0
-        assert http.get(f"http://127.0.0.1:{process.port}").json() == {"detail": "Not Found"}
+        assert http.get(process.url).json() == {"detail": "Not Found"}
 
 
 @promise(
@@ -10003,7 +9995,7 @@ def test_each_way_to_run_it_serves(tmp_path: Path, command: str) -> None:
     name, *options = command.removeprefix(".venv/bin/").split()
     with Process(*options, "--port", "{port}", program=find(name), cwd=tmp_path) as process:
         process.wait_until_up()
-        with dial(f"ws://127.0.0.1:{process.port}/ws") as client:
+        with dial(process.ws) as client:
             assert id_of(client)
 
 
@@ -10020,9 +10012,9 @@ def test_the_container_of_the_readme_asks_for_its_token(tmp_path: Path) -> None:
     with Process(*options, program=program, cwd=tmp_path, **tokens) as process:
         process.wait_until_up()
         with pytest.raises(InvalidStatus):
-            dial(f"ws://127.0.0.1:{process.port}/ws")
+            dial(process.ws)
         bearer = {"Authorization": f"Bearer {tokens['DATADIVR_CLIENT_TOKEN']}"}
-        with dial(f"ws://127.0.0.1:{process.port}/ws", additional_headers=bearer) as client:
+        with dial(process.ws, additional_headers=bearer) as client:
             assert id_of(client)
 
 
@@ -10147,7 +10139,7 @@ def test_the_tutorial_shows_what_it_says(tutorial: Process, browser: Browser) ->
 def test_the_tutorials_page_works_under_a_path_and_its_handlers_refuse_the_rest(
     tutorial: Process, browser: Browser, tmp_path: Path
 ) -> None:
-    with dial(f"ws://127.0.0.1:{tutorial.port}/ws") as client:
+    with dial(tutorial.ws) as client:
         known = {"code": "refused", "status": 404, "event_name": "said"}
         assert answer_to(client, "said", payload="I am the server")["payload"] == known
         assert answer_to(client, "say", payload=5)["payload"]["code"] == "invalid_payload"
@@ -10156,7 +10148,7 @@ def test_the_tutorials_page_works_under_a_path_and_its_handlers_refuse_the_rest(
     with nginx(tmp_path, configuration) as proxy, browser.new_context() as context:
         proxy.wait_until_up("/live/healthz")
         page = context.new_page()
-        page.goto(f"http://127.0.0.1:{proxy.port}/live/")
+        page.goto(f"{proxy.url}/live/")
         expect(page.locator("#state")).to_have_text("open")
 
 
@@ -10233,9 +10225,9 @@ def recipes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
 def members(recipes: Process) -> Iterator[list[ClientConnection]]:
     """Connect three clients to the recipes' server."""
     with contextlib.ExitStack() as stack:
-        url = f"ws://127.0.0.1:{recipes.port}/ws"
+        url = recipes.ws
         yield [stack.enter_context(dial(url)) for _ in range(3)]
-    wait_until(lambda: total(recipes.port) == 0, "the test's clients to go")
+    wait_until(lambda: total(recipes) == 0, "the test's clients to go")
 
 
 def run_module(page: Page, origin: str, code: str, *names: str) -> list[str]:
@@ -10252,7 +10244,7 @@ def run_module(page: Page, origin: str, code: str, *names: str) -> list[str]:
 def test_a_page_and_a_client_speak_in_a_room_of_the_readme(
     recipes: Process, members: list[ClientConnection], browser: Browser
 ) -> None:
-    origin = f"http://127.0.0.1:{recipes.port}"
+    origin = recipes.url
     ada, bob, _ = members
     refusals = [("join", {"payload": "cellar"}), ("news", {"to": "all"})]
     texts = ["There is no such room.", "Speak in a room."]
@@ -10286,7 +10278,7 @@ def test_a_speaker_sees_its_own_line_if_the_handler_broadcasts(
     async def say_in_garden(message: WebSocketMessage) -> None:
         await eval(call, {**vars(datadivr), "message": message})
 
-    ada, bob, _ = clients = [connect() for _ in range(3)]
+    ada, bob, _ = clients = [connect(live) for _ in range(3)]
     for client in (ada, bob):
         run_in_thread(datadivr.join_room(id_of(client), "garden"))
     say(ada, "say", payload="hello")
@@ -10322,7 +10314,7 @@ def test_the_readme_tells_who_is_in_a_room(
 def test_the_page_of_the_readme_gets_what_it_missed_in_order_or_begins_anew(
     recipes: Process, browser: Browser
 ) -> None:
-    origin = f"http://127.0.0.1:{recipes.port}"
+    origin = recipes.url
 
     def post(path: str, **params: str) -> None:
         assert http.post(f"{origin}{path}", params=params).status_code == 200
@@ -10360,7 +10352,7 @@ def test_the_clock_of_the_readme_ticks_each_second_and_goes_on_after_a_failure(
 ) -> None:
     client = members[0]
     first = hear_event(client, "time")["payload"]
-    http.post(f"http://127.0.0.1:{recipes.port}/fail")
+    http.post(f"{recipes.url}/fail")
     second = hear_event(client, "time")["payload"]
     assert second - first > 1.9
     assert "The clock goes on." in recipes.log
@@ -10373,7 +10365,7 @@ def test_the_threads_of_the_readme_reach_clients(
     say(client, "report")
     assert [hear_event(client, "progress")["payload"] for _ in range(2)] == [50, 100]
     heard = {"topic": "temperature", "data": "[21.5]"}
-    http.post(f"http://127.0.0.1:{recipes.port}/hear", params=heard)
+    http.post(f"{recipes.url}/hear", params=heard)
     assert hear_event(client, "temperature")["payload"] == [21.5]
 
 
@@ -10381,7 +10373,7 @@ def test_other_programs_and_routes_of_the_readme_reach_clients(
     recipes: Process, members: list[ClientConnection], tmp_path: Path
 ) -> None:
     client = members[0]
-    url = f"http://127.0.0.1:{recipes.port}/orders"
+    url = f"{recipes.url}/orders"
     assert http.post(url).status_code == 401
     assert http.post(url, headers=ADMIN).json() == len(members)
     assert hear_event(client, "order")["payload"] == {"id": 1}
@@ -10443,7 +10435,7 @@ def test_people_log_in_in_three_ways_and_a_session_ends(people: Process) -> None
 
 
 def test_a_private_push_reaches_each_device_of_one_person(people: Process, tmp_path: Path) -> None:
-    url = f"ws://127.0.0.1:{people.port}/ws"
+    url = people.ws
     subprotocols: Any = ["bearer", ADA]
     with (
         dial(url, additional_headers={"Cookie": f"session={ADA}"}) as ada,
@@ -10460,7 +10452,7 @@ def test_a_private_push_reaches_each_device_of_one_person(people: Process, tmp_p
 
 
 def test_a_moderator_removes_a_client(people: Process) -> None:
-    url = f"ws://127.0.0.1:{people.port}/ws"
+    url = people.ws
     with (
         dial(url, additional_headers={"Cookie": f"session={ADA}"}) as ada,
         dial(url, additional_headers={"Cookie": f"session={BOB}"}) as bob,
@@ -10477,7 +10469,7 @@ def test_a_moderator_removes_a_client(people: Process) -> None:
 
 
 def test_the_list_of_clients_is_as_the_readme_shows_it(people: Process) -> None:
-    wait_until(lambda: total(people.port) == 0, "other tests' clients to go")
+    wait_until(lambda: total(people) == 0, "other tests' clients to go")
     (expected,) = (shown := json.loads(block("json", '"connected_at"')))["clients"]
     url = f"127.0.0.1:{people.port}"
     with dial(f"ws://{url}/ws", additional_headers={"Cookie": f"session={ADA}"}) as ada:
@@ -10514,7 +10506,7 @@ def test_the_token_that_all_share_is_typed_once(tmp_path: Path, browser: Browser
             assert b'"A client token is needed."' in (refused.value.response.body or b"")
         with dial(f"ws://{url}/ws", additional_headers={"Authorization": f"Bearer {token}"}) as own:
             assert own_id_of(own)
-        wait_until(lambda: total(process.port) == 0, "that client to go")
+        wait_until(lambda: total(process) == 0, "that client to go")
 
         page = context.new_page()
         answers, errors = ["a space", "wrong", token], list[str]()
@@ -10535,7 +10527,7 @@ def test_the_token_that_all_share_is_typed_once(tmp_path: Path, browser: Browser
 
 
 def test_pages_of_the_readme_ask_the_server_and_one_another(live: Live, browser: Browser) -> None:
-    origin = f"http://127.0.0.1:{live.port}"
+    origin = live.url
     code = block("js", '"sum_event"')
     with browser.new_context() as context:
         asking, answering = context.new_page(), context.new_page()
@@ -10550,12 +10542,12 @@ def test_pages_of_the_readme_ask_the_server_and_one_another(live: Live, browser:
 def test_the_browser_api_of_the_readme_talks(
     live: Live, browser: Browser, connect: Connect
 ) -> None:
-    client = connect()
+    client = connect(live)
     client_id = own_id_of(client)
     with browser.new_context() as context:
         page = context.new_page()
         code = block("js", "function talk()")
-        logged = run_module(page, f"http://127.0.0.1:{live.port}", code, "talk")
+        logged = run_module(page, live.url, code, "talk")
         wait_until(lambda: len(datadivr.clients) == 2, "the page to connect")
         own = page.evaluate("talk().then(({ payload }) => payload)")
         assert {own, client_id} == set(datadivr.clients)
@@ -10637,7 +10629,7 @@ def test_the_host_of_the_readme_serves_clients_and_the_api(way: str) -> None:
         assert count == 1
     exec(code, names)
     with Live(names["host"]) as running:
-        origin = f"http://127.0.0.1:{running.port}/realtime"
+        origin = f"{running.url}/realtime"
         for path in ("client.js", "console"):
             assert http.get(f"{origin}/{path}").status_code == 200
         with dial(f"ws://127.0.0.1:{running.port}/realtime/ws") as client:
@@ -10650,7 +10642,7 @@ def test_the_host_of_the_readme_serves_clients_and_the_api(way: str) -> None:
 def test_the_curl_commands_of_the_readme_do_what_it_says(
     live: Live, connect: Connect, tmp_path: Path
 ) -> None:
-    client, other = connect(), connect()
+    client, other = connect(live), connect(live)
     client_id = id_of(client)
     replaced = {"choose-one": TOKEN, "CLIENT_ID": client_id}
     answers = typed(tmp_path, block("sh", "/rooms/garden"), live.port, **replaced)
@@ -10707,46 +10699,44 @@ def test_the_workers_of_the_readme_are_one_server_and_a_killed_one_leaves_no_gau
         clients: list[ClientConnection] = []
         nodes: set[str] = set()
         while len(nodes) < 2:  # the kernel deals connections out
-            clients.append(stack.enter_context(dial(f"ws://127.0.0.1:{process.port}/ws")))
+            clients.append(stack.enter_context(dial(process.ws)))
             nodes.add(id_of(clients[-1])[:8])
-        assert metrics(process.port)["clients"] == total(process.port) == len(clients)
-        assert metrics(process.port)["redis_up"] == 1
-        assert metrics(process.port)[f'build_info{{version="{datadivr.__version__}"}}'] == 1
+        assert metrics(process)["clients"] == total(process) == len(clients)
+        assert metrics(process)["redis_up"] == 1
+        assert metrics(process)[f'build_info{{version="{datadivr.__version__}"}}'] == 1
         say(clients[0], "m", to="all")
         for client in clients:
             assert hear(client)["event_name"] == "m"
-        wait_until(
-            lambda: metrics(process.port)["messages_sent_total"] == 2 * len(clients), "the count"
-        )
+        wait_until(lambda: metrics(process)["messages_sent_total"] == 2 * len(clients), "the count")
         read: Callable[[Path], Any] = MmapedDict.read_all_values_from_file
         gauges = tmp_path.glob("*/gauge_livesum_*.db")
         victim = next(path for path in gauges if any(value for _, value, *_ in read(path)))
         os.kill(int(victim.stem.split("_")[-1]), signal.SIGKILL)
         wait_until(
-            lambda: metrics(process.port)["clients"] == total(process.port) < len(clients),
+            lambda: metrics(process)["clients"] == total(process) < len(clients),
             "its gauge to go",
         )
 
 
 def test_servers_on_two_ports_of_the_readme_are_one_server(tmp_path: Path) -> None:
     commands = block("sh", "--port 8001")
-    ports = [free_port(), free_port()]
+    nodes = [Served(free_port()), Served(free_port())]
     with RedisServer() as redis_server, contextlib.ExitStack() as stack:
-        numbers = {"6379": redis_server.port, "8001": ports[0], "8002": ports[1]}
+        numbers = {"6379": redis_server.port, "8001": nodes[0].port, "8002": nodes[1].port}
         words = {".venv/bin/uvicorn": find("uvicorn"), "choose-one": TOKEN}
         for old, new in {**numbers, **words}.items():
             assert old in commands
             commands = commands.replace(old, str(new))
         process = stack.enter_context(
-            Process("-ec", commands, program=find("bash"), cwd=tmp_path, port=ports[1])
+            Process("-ec", commands, program=find("bash"), cwd=tmp_path, port=nodes[1].port)
         )
         for line in ("redis_joined", "running on"):
             wait_until(lambda line=line: process.log.count(line) == 2, f"two lines {line}", 30)  # type: ignore[misc]
-        first, second = (stack.enter_context(dial(f"ws://127.0.0.1:{port}/ws")) for port in ports)
+        first, second = (stack.enter_context(dial(node.ws)) for node in nodes)
         second_id = own_id_of(second)
         say(second, "m", to="all")
         assert [hear_event(client, "m")["from_id"] for client in (first, second)] == [second_id] * 2
-        assert total(ports[0]) == total(ports[1]) == 2
+        assert total(nodes[0]) == total(nodes[1]) == 2
 
 
 NGINX = """
@@ -10838,9 +10828,9 @@ def test_the_readmes_unit_of_systemd_serves_behind_its_nginx(tmp_path: Path) -> 
         nginx(tmp_path, configuration.replace(runtime, str(tmp_path))) as proxy,
     ):
         proxy.wait_until_up()
-        with dial(f"ws://127.0.0.1:{proxy.port}/ws", origin=Origin(listed)) as client:
-            url = f"http://127.0.0.1:{proxy.port}/clients/{id_of(client)}"
-            assert http.get(url, headers=ADMIN).json()["address"] == "127.0.0.1"
+        with dial(proxy.ws, origin=Origin(listed)) as client:
+            url = f"/clients/{id_of(client)}"
+            assert proxy.api.get(url).json()["address"] == "127.0.0.1"
 
 
 # A lobby of tables at which people play and watch, on any number of nodes: the test of all of it.
@@ -10998,7 +10988,7 @@ def test_a_lobby_of_tables_works_on_two_nodes(
         mo = come("Mo", 1)
         page = browser.new_page()
         stack.callback(page.close)
-        page.goto(f"http://127.0.0.1:{nodes[1].port}/lobby?name=Eve")
+        page.goto(f"{nodes[1].url}/lobby?name=Eve")
         log = page.locator("#log li")
         expect(page.get_by_text("at Eve", exact=True)).to_be_visible()
         again = come("Ada", 1)  # her other device
@@ -11537,7 +11527,7 @@ def test_a_stalled_client_costs_the_others_nothing(
     async def run(process: Process, *, stall: bool) -> tuple[float, int, int]:
         load = Load(process.port)
         await load.connect(200)
-        stalled = raw_client(process.port, buffer=4096) if stall else None
+        stalled = raw_client(process, buffer=4096) if stall else None
         await load.publish(100, 16, text_to_all(4096))
         before = resident(process)
         rate = await load.publish(4000, 16, text_to_all(4096))
@@ -11545,7 +11535,7 @@ def test_a_stalled_client_costs_the_others_nothing(
         await load.close()
         if stalled:
             stalled.close()
-        return rate, grown, int(metrics(process.port)['errors_total{type="slow_client"}'])
+        return rate, grown, int(metrics(process)['errors_total{type="slow_client"}'])
 
     with pinned(tmp_path, "datadivr") as process:
         runs = [
@@ -11576,8 +11566,8 @@ def test_ten_thousand_clients_are_held_at_once(tmp_path: Path) -> None:
         ids: list[str] = []
         after: str | None = ""
         while after is not None:
-            url = f"http://127.0.0.1:{process.port}/clients"
-            page = http.get(url, params={"limit": 1000, "after": after}, headers=ADMIN).json()
+            url = "/clients"
+            page = process.api.get(url, params={"limit": 1000, "after": after}).json()
             ids += [client["id"] for client in page["clients"]]
             after = page["next"]
         assert len(set(ids)) == len(ids) == 10_000
@@ -11616,12 +11606,12 @@ def test_clients_that_come_and_go_leave_nothing_behind(
             await asyncio.gather(*(cycle(load, done + number) for number in range(at_once)))
             if done == cycles // 4:  # a transport is kept for 2 s
                 settled = resident(process)
-        wait_until(lambda: total(process.port) == 0, "the registry to be empty")
+        wait_until(lambda: total(process) == 0, "the registry to be empty")
         return resident(process) - settled
 
     with pinned(tmp_path, "datadivr") as process:
         grown = asyncio.run(run(process))
-        after = metrics(process.port)
+        after = metrics(process)
     report(
         capsys,
         (f"{cycles:,} clients that came and went", f"{grown:+,} bytes after the first quarter"),
@@ -11701,7 +11691,7 @@ def mark_the_tests() -> None:
             found = re.match(SECTION, line)
             marking = getattr(pytest.mark, found[1]) if found else None
         name = re.match(r"(?:async def |def |class |)([Tt]est\w+)\b", line)
-        if marking and name and name[1] in tests():
+        if marking and name and name[1] in all_tests():
             globals()[name[1]] = marking(globals()[name[1]])
 
 
