@@ -944,6 +944,12 @@ def chromium() -> Iterator[Browser]:
 # ---- Settings and logging: `pytest -m settings` --------------------------------------------------
 
 
+@promise(
+    "`DATADIVR_ADMIN_TOKEN` | random | bearer token of the admin API",
+    "`DATADIVR_CLIENT_TOKEN` | none | bearer token that clients must bring",
+    "longest message; a longer one closes its connection with 1009",
+    "messages in a second from one client, the rest dropped; 0 is no limit",
+)
 def test_settings_have_the_defaults_that_the_readme_says() -> None:
     table = re.findall(r"^\| `DATADIVR_(\w+)` \| (\w+) \|", README, re.MULTILINE)
     meanings: dict[str, list[Any]] = {"none": [None, ()], "random": [None]}
@@ -980,6 +986,7 @@ def test_a_bad_token_stops_the_start_without_being_shown(variable: str) -> None:
     assert "two words" not in str(caught.value)
 
 
+@promise("An empty variable is not set, but wrong for a token.")
 def test_an_empty_variable_counts_as_not_set() -> None:
     assert datadivr._read_settings({"DATADIVR_MAX_CLIENTS": ""}) == datadivr._Settings()
 
@@ -992,6 +999,7 @@ def test_origins_are_separated_by_commas() -> None:
     )
 
 
+@promise("A wrong one stops the start, and the log names it.")
 def test_a_bad_setting_stops_the_server() -> None:
     with Process("-m", "uvicorn", "datadivr:app", DATADIVR_MAX_CLIENTS="many") as process:
         assert process.popen.wait(LIMIT) == 3
@@ -1012,6 +1020,10 @@ def test_a_host_that_has_configured_structlog_keeps_its_configuration() -> None:
     assert done.stdout == b"a=1 event='hello'\n"
 
 
+@promise(
+    "`DEBUG`, `INFO`, `WARNING`, `ERROR` or `CRITICAL`, of the logger `datadivr` of "
+    "`logging`; a level that your code sets"
+)
 def test_the_log_has_the_level_and_format_of_the_settings(tmp_path: Path) -> None:
     script = "import datadivr as d; d._log('debug', 'quiet', a=1); d._log('warning', 'loud', a=1)"
     cases: list[tuple[dict[str, str], str]] = [
@@ -1127,6 +1139,10 @@ def test_an_empty_token_stops_the_start(variable: str) -> None:
         datadivr._read_settings({variable: ""})
 
 
+@promise(
+    "A name that is nearly one of these is `unknown_setting` in the log.",
+    "`unknown_setting`, `small_buffer` | mend the variable",
+)
 @pytest.mark.parametrize(
     ("variable", "named"),
     [
@@ -1185,6 +1201,7 @@ def test_json_is_left_to_a_host_that_configures_structlog_itself() -> None:
     assert log == "uvicorn.logging\n"
 
 
+@promise("a random one is printed to standard output at the start")
 @pytest.mark.parametrize("level", ["ERROR", "CRITICAL"])
 def test_a_made_up_token_is_shown_whatever_the_level(level: str) -> None:
     script = """
@@ -1203,6 +1220,7 @@ def test_a_token_from_a_file_is_taken_without_its_line_feed(variable: str) -> No
     assert getattr(settings, variable.removeprefix("DATADIVR_").lower()) == "let-me-in"
 
 
+@promise("They are read at their first use, which is when the server starts.")
 def test_the_import_configures_nothing_and_reads_no_setting(tmp_path: Path) -> None:
     script = """
         import logging, sys, threading, warnings
@@ -1256,6 +1274,10 @@ def test_nothing_is_open_while_a_setting_is_wrong(tmp_path: Path) -> None:
     assert len(re.findall("^DATADIVR_METRICS_TOKEN: ", output, re.MULTILINE)) == 3, output
 
 
+@promise(
+    "Settings are read at their first use, when the server starts. So `load_dotenv()` may"
+    " stand after the import"
+)
 def test_variables_that_a_host_loads_after_the_import_count(tmp_path: Path) -> None:
     (tmp_path / ".env").write_text("DATADIVR_CLIENT_TOKEN=let-me-in\n")
     script = f"""
@@ -1365,6 +1387,13 @@ HOSTS: dict[str, tuple[str, str, set[str]]] = {
 }
 
 
+@promise(
+    "Configure `logging` or structlog first or last: the lines of datadivr follow it",
+    "The lines of datadivr go to standard output, or where you have `logging` or "
+    "structlog put them, in your form",
+    "If there is none, the logger gets `DATADIVR_LOG_LEVEL`, whatever the level of the "
+    "root logger.",
+)
 @pytest.mark.parametrize("place", ["first", "last", "lifespan", "started"])
 def test_each_line_comes_once_and_in_the_hosts_form_whenever_that_is_set(
     tmp_path: Path, place: str
@@ -1398,6 +1427,7 @@ def test_the_level_of_the_hosts_logger_counts_before_the_settings(
     assert levels == [[], ["DEBUG", "DEBUG"]]
 
 
+@promise("finds the fields in `record.datadivr`, a dict with `event`")
 def test_a_record_has_its_fields_and_a_line_in_plain_text(
     live: Live, connect: Connect, records: Records
 ) -> None:
@@ -1437,6 +1467,10 @@ NOISE = """
 """
 
 
+@promise(
+    "`console` or `json`, of [nearly all lines](#the-log)",
+    "all lines of the serving process are JSON but uvicorn's first two",
+)
 def test_with_json_every_line_of_the_process_is_json_but_for_uvicorns_first_two(
     tmp_path: Path,
 ) -> None:
@@ -1488,6 +1522,10 @@ OBSERVED = """
 INCLUDED = "fastapi.FastAPI(), '/realtime'; app.include_router(datadivr.router, prefix=path)"
 
 
+@promise(
+    "The made-up admin token is printed to standard output, whatever the level, and is in"
+    " no log record."
+)
 def test_a_made_up_token_is_shown_once_with_the_consoles_path_and_is_in_no_record(
     tmp_path: Path,
 ) -> None:
@@ -1521,6 +1559,10 @@ def test_a_made_up_token_is_shown_once_with_the_consoles_path_and_is_in_no_recor
         assert console == f"{path}/console#token={token}"
 
 
+@promise(
+    "What a handler raises is logged as an ERROR with the exception, once a minute and event.",
+    "mend your code: the line has the exception",
+)
 def test_a_failed_handler_is_an_error_with_its_exception_once_a_minute_and_event(
     live: Live,
     connect: Connect,
@@ -1556,6 +1598,7 @@ def test_a_failed_handler_is_an_error_with_its_exception_once_a_minute_and_event
         assert vars(record)["datadivr"]["event_name"] == name
 
 
+@promise("They have the client's id, and `user` where that is known.")
 def test_a_line_about_a_client_names_its_user_where_that_is_known(
     live: Live, connect: Connect, records: Records, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -1632,6 +1675,7 @@ def test_nothing_that_is_logged_of_the_input_moves_the_cursor(tmp_path: Path) ->
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]|^FORGED", process.log, re.MULTILINE)
 
 
+@promise("an `async def` handler blocks: make it a plain `def`")
 def test_a_handler_that_holds_up_the_loop_is_named_once_with_the_seconds(
     live: Live, connect: Connect, records: Records
 ) -> None:
@@ -1645,6 +1689,10 @@ def test_a_handler_that_holds_up_the_loop_is_named_once_with_the_seconds(
     assert 1.5 < told["seconds"] < 6
 
 
+@promise(
+    "log has `processes_are_apart` then",
+    "set `DATADIVR_REDIS_URL`, or run one process",
+)
 def test_several_workers_without_redis_each_say_what_they_need() -> None:
     command = ["-m", "uvicorn", "datadivr:app", "--port", "{port}", "--workers", "2"]
     with Process(*command) as process:
@@ -1681,6 +1729,10 @@ def test_workers_are_told_by_the_environment_too(tmp_path: Path) -> None:
     assert "admin_tokens_differ" not in outputs[-1][1]  # for there is one
 
 
+@promise(
+    "With Redis, the log warns of it: `admin_tokens_differ`",
+    "set `DATADIVR_ADMIN_TOKEN`: each process makes up its own",
+)
 def test_processes_that_share_a_redis_are_told_to_share_the_admin_token(tmp_path: Path) -> None:
     script = """
         import os
@@ -1694,6 +1746,10 @@ def test_processes_that_share_a_redis_are_told_to_share_the_admin_token(tmp_path
     assert [output.count("admin_tokens_differ") for _, output in outputs] == [0, 1]
 
 
+@promise(
+    "Two copies (`datadivr`, `shop.datadivr`) are two servers",
+    "import the file under one name",
+)
 def test_two_copies_that_both_serve_are_named_once(tmp_path: Path) -> None:
     (tmp_path / "shop").mkdir()
     for path in ("datadivr.py", "shop/realtime.py"):
@@ -1745,6 +1801,9 @@ def test_a_handler_that_took_anothers_place_is_named_for_debug(tmp_path: Path) -
 # ---- Messages: `pytest -m messages` --------------------------------------------------------------
 
 
+@promise(
+    "any JSON; numbers with a fraction or an exponent arrive as doubles, NaN and infinities as null"
+)
 @pytest.mark.parametrize(
     "payload",
     [
@@ -1777,6 +1836,10 @@ def test_a_number_that_json_has_no_name_for_becomes_null(
     assert hear(client)["payload"] == [None]
 
 
+@promise(
+    "the sender's id, always set by the server; `server` for its own messages",
+    "The first five keys always arrive.",
+)
 def test_a_relayed_message_has_all_five_keys_and_its_senders_id(
     connect: Connect, server: Process
 ) -> None:
@@ -1793,6 +1856,7 @@ def test_a_relayed_message_has_all_five_keys_and_its_senders_id(
     assert list(hear(client).items()) == list(expected.items())
 
 
+@promise("A message is JSON text, or a binary frame that holds it")
 def test_a_binary_frame_that_holds_a_message_is_accepted(connect: Connect, server: Process) -> None:
     client = connect(server)
     client.send(b'{"event_name": "double", "payload": 4}')
@@ -1808,6 +1872,7 @@ def test_a_message_of_any_size_up_to_the_limit_arrives_whole(
         assert hear(receiver)["payload"] == "x" * size
 
 
+@promise("makes a message from the server")
 def test_create_message_is_from_the_server() -> None:
     message = datadivr.create_message("news", {"a": 1}, "all", "Hello.")
     expected = {
@@ -1821,17 +1886,20 @@ def test_create_message_is_from_the_server() -> None:
     assert message.model_dump() == expected
 
 
+@promise("`create_error_message` has `error` as its code, unless you give another one")
 def test_create_error_message_has_a_sentence_and_a_code() -> None:
     message = datadivr.create_error_message("It broke.", "me").model_dump(exclude={"id"})
     assert message == error("me", "error", "It broke.")
 
 
+@promise("the only one that you must give; 1 to 128 characters")
 @pytest.mark.parametrize("name", ["", "x" * 129])
 def test_an_event_name_has_1_to_128_characters(name: str) -> None:
     with pytest.raises(ValueError, match="event_name"):
         WebSocketMessage(event_name=name)
 
 
+@promise("`1e15` goes out as `1000000000000000.0`")
 def test_a_message_that_grows_beyond_the_limit_is_not_relayed(
     connect: Connect, live: Live, configure: Callable[..., None]
 ) -> None:
@@ -1890,6 +1958,7 @@ class Table:
         return self.value
 
 
+@promise("numbers, arrays and Series go out as lists and numbers")
 @pytest.mark.parametrize("kind", ["broadcast", "an answer"])
 def test_a_payload_with_arrays_goes_out_as_lists(
     connect: Connect, live: Live, registry: None, kind: str
@@ -1916,6 +1985,7 @@ class Endless:
         return [self]
 
 
+@promise("A payload that JSON cannot hold is an error of `broadcast`, which the log has, too")
 @pytest.mark.parametrize(
     ("payload", "place", "kind"),
     [
@@ -1979,6 +2049,7 @@ class Renamed(WebSocketMessage):
     payload: Any = 1
 
 
+@promise("A field of your own belongs in the payload.")
 @pytest.mark.parametrize("kind", ["broadcast", "an answer"])
 def test_a_field_of_ones_own_does_not_vanish_silently(
     connect: Connect, live: Live, records: Records, kind: str
@@ -2014,6 +2085,7 @@ def test_a_subclass_without_fields_of_its_own_goes_out(connect: Connect, live: L
     ]
 
 
+@promise("a message without one has no such key")
 def test_a_message_without_an_id_goes_out_with_the_five_keys_of_old_byte_for_byte(
     connect: Connect, server: Process
 ) -> None:
@@ -2026,6 +2098,7 @@ def test_a_message_without_an_id_goes_out_with_the_five_keys_of_old_byte_for_byt
     assert client.recv(timeout=LIMIT) == keys("doubled", "4", client_id, "server")
 
 
+@promise("your mark for a question: an integer, or a text of at most 128 characters")
 @pytest.mark.parametrize(
     "number",
     [
@@ -2127,6 +2200,11 @@ def test_messages_are_made_with_an_id() -> None:
     assert (parsed.id, datadivr.parse_message('{"event_name": "x"}').id) == (5, None)
 
 
+@promise(
+    "A name has 1 to 100 characters, without white space, control characters, lone",
+    "`create_message` with a wrong name in `to` raises a `ValueError`, which is a "
+    "`handler_error` where you do not catch it",
+)
 @pytest.mark.parametrize("room", BAD_ROOMS)
 def test_a_bad_room_is_refused_wherever_a_message_is_made_or_sent(room: str) -> None:
     to = f"#{room}"
@@ -2150,6 +2228,10 @@ def test_a_bad_room_is_refused_wherever_a_message_is_made_or_sent(room: str) -> 
                 run_in_thread(datadivr.broadcast(message))
 
 
+@promise(
+    "Functions and routes take the name (`garden`). `to` is `#` and the name",
+    "raise an error that is both a `ValueError` and an `HTTPException` 422",
+)
 @pytest.mark.parametrize("room", BAD_ROOMS)
 def test_every_function_that_takes_a_room_refuses_a_bad_one(room: str) -> None:
     calls: list[Callable[[], Any]] = [
@@ -2187,6 +2269,7 @@ def test_a_room_has_any_name_of_up_to_100_characters(
 # ---- Handlers: `pytest -m handlers` --------------------------------------------------------------
 
 
+@promise("It returns a message, which goes to its `to`, or `None`.")
 def test_a_handlers_answer_goes_to_its_to(connect: Connect, server: Process) -> None:
     client = connect(server)
     client_id = id_of(client)
@@ -2210,6 +2293,11 @@ def test_a_handler_may_answer_nothing(connect: Connect, server: Process) -> None
     assert ask(client, "double", payload=1)["payload"] == 2
 
 
+@promise(
+    "the handler raised, or returned something that is no message; the log has the traceback",
+    "The client gets `handler_error`. For an `HTTPException` it gets `refused`, and the "
+    "log has no traceback.",
+)
 @pytest.mark.parametrize("event_name", ["broken", "wrong", "unencodable", "cancelled"])
 def test_a_handler_that_fails_gets_its_sender_an_error_without_internals(
     connect: Connect, server: Process, event_name: str
@@ -2221,6 +2309,7 @@ def test_a_handler_that_fails_gets_its_sender_an_error_without_internals(
     assert ask(client, "double", payload=1)["payload"] == 2
 
 
+@promise("`others` and a room leave out the client whose message the handler was given")
 def test_an_answer_to_others_leaves_out_the_one_who_asked(
     connect: Connect, server: Process
 ) -> None:
@@ -2230,6 +2319,11 @@ def test_an_answer_to_others_leaves_out_the_one_who_asked(
     assert ask(asker, "double", payload=1)["event_name"] == "doubled"
 
 
+@promise(
+    "The messages of one client are handled one after the other, so a slow one holds up "
+    "the next ones",
+    "Those of different clients are not: after an `await`, others may have changed",
+)
 def test_a_handler_that_takes_long_holds_up_its_own_client_alone(
     connect: Connect, server: Process
 ) -> None:
@@ -2242,6 +2336,7 @@ def test_a_handler_that_takes_long_holds_up_its_own_client_alone(
     assert [hear(slow)["event_name"] for _ in range(2)] == ["slept", "doubled"]
 
 
+@promise("`whoami` with the client's own id as `payload`")
 def test_whoami_answers_the_clients_own_id(connect: Connect, server: Process) -> None:
     client = connect(server)
     answer = ask(client, "whoami")
@@ -2254,6 +2349,7 @@ def test_whoami_answers_the_clients_own_id(connect: Connect, server: Process) ->
     }
 
 
+@promise('whose `payload` is `{"numbers": [1, 2]}`, with `sum_handler_result`')
 def test_sum_event_answers_the_sum_as_a_float(connect: Connect, server: Process) -> None:
     client = connect(server)
     answer = ask(client, "sum_event", payload={"numbers": [1, "2", 3.5]})
@@ -2294,6 +2390,11 @@ def test_a_number_beyond_what_a_float_can_be_has_no_sum() -> None:
     assert answer.payload == fault  # its sentence is pydantic's
 
 
+@promise(
+    "To test a handler alone, `await handle_msg(WebSocketMessage(...))`",
+    "An event has one handler, the last that was registered.",
+    "runs a handler and returns its answer",
+)
 def test_the_last_registration_of_a_name_wins(registry: None) -> None:
     for answer in (1, 2):
 
@@ -2313,6 +2414,10 @@ def test_a_decorated_function_stays_as_it_was(registry: None) -> None:
     assert datadivr.websocket_handler("plain")(handler) is handler
 
 
+@promise(
+    "`parse_message(data)`, `get_handlers(handler_type=HandlerType.SERVER)`, "
+    "`HandlerType` | for a client in Python"
+)
 @pytest.mark.parametrize(
     ("handler_type", "registered"),
     [
@@ -2332,6 +2437,7 @@ def test_each_type_of_handler_has_a_registry(
     } == registered
 
 
+@promise("An `async def` handler runs in the event loop, and must not block it.")
 def test_an_object_with_a_coroutine_method_is_a_handler(registry: None) -> None:
     class Handler:
         async def __call__(self, message: WebSocketMessage) -> WebSocketMessage:
@@ -2374,6 +2480,10 @@ async def by_alias(message: "PointMessage") -> WebSocketMessage:
     return datadivr.create_message("point", message.payload.x + 1, message.from_id)
 
 
+@promise(
+    "not of the type that the handler asks for; `sum_event` without numbers that have a finite sum",
+    "runs for such payloads alone; others get `invalid_payload`",
+)
 @pytest.mark.parametrize("handler", [by_annotation, by_text, by_alias])
 def test_a_typed_handler_gets_its_payload_validated(
     connect: Connect, live: Live, handler: Callable[[Any], Any], logged: list[Any]
@@ -2425,6 +2535,7 @@ def test_a_fault_of_a_typed_handlers_own_is_not_its_senders(
         assert client.receive_json()["payload"]["code"] == "handler_error"
 
 
+@promise("Names in annotations must be defined when the handler is registered.")
 def test_a_handler_whose_messages_type_is_not_there_is_refused(registry: None) -> None:
     async def typed(message: "WebSocketMessage[Nowhere]") -> None: ...  # type: ignore[name-defined]  # noqa: F821
 
@@ -2562,6 +2673,7 @@ class Defaults(BaseModel):
 PointAlias = WebSocketMessage[Point]
 
 
+@promise("Unions, `Annotated` and subclasses work as in pydantic.")
 @pytest.mark.parametrize(
     "annotation",
     [
@@ -2610,6 +2722,7 @@ class Camel(BaseModel):
     user_name: str = Field(alias="userName")
 
 
+@promise("Payloads go out as pydantic writes them, by their aliases.")
 def test_a_payloads_aliases_go_over_the_wire(connect: Connect, live: Live) -> None:
     @datadivr.websocket_handler("camel")
     async def camel(message: WebSocketMessage[Camel]) -> WebSocketMessage:
@@ -2637,6 +2750,7 @@ Pet = Annotated[Cat | Dog | Fish, Field(discriminator="kind")]
 SECRET = "4111-1111-1111-1111"
 
 
+@promise("Sentences about wrong fields name keys of what was sent, and no values.")
 @pytest.mark.parametrize(
     "payload",
     [
@@ -2662,6 +2776,7 @@ def test_an_answer_about_a_payload_is_short_and_holds_none_of_its_values(
     assert len(repr(logged)) < 5000
 
 
+@promise("The payload of `$disconnect` is the [reason](#metrics) that the metrics count.")
 def test_a_disconnect_handler_is_told_the_reason(connect: Connect, live: Live) -> None:
     heard = []
 
@@ -2677,6 +2792,7 @@ def test_a_disconnect_handler_is_told_the_reason(connect: Connect, live: Live) -
     wait_until(lambda: heard == [(client_id, "admin")], "the handler")
 
 
+@promise("It may return the message itself, which sends it on, or `None`, which drops it.")
 def test_a_message_that_the_default_handler_returns_goes_the_way_it_goes_without_one(
     connect: Connect, live: Live
 ) -> None:
@@ -2715,6 +2831,7 @@ def test_a_default_handler_drops_and_refuses(connect: Connect, live: Live) -> No
     assert hear_all(other) == []
 
 
+@promise("`$default` takes all events without one.")
 def test_a_default_handler_runs_for_no_event_that_has_a_handler_and_for_none_of_the_servers(
     connect: Connect, live: Live
 ) -> None:
@@ -2943,6 +3060,11 @@ def complete(asker_id: str, message: Json, answer: Json, answered: Json) -> Json
     return error(asker_id, answer["code"], text, event_name=name, id=7, **known)
 
 
+@promise(
+    "A message with an `id` gets exactly one answer with it",
+    "Its `payload` has a `code`, the `event_name` that it is about where that is known, "
+    "and the `status`",
+)
 @pytest.mark.parametrize(("message", "answer"), ANSWERED, ids=json.dumps)
 def test_each_message_with_an_id_gets_exactly_one_answer_with_it(
     connect: Connect, server: Process, message: Json, answer: Json
@@ -2989,6 +3111,7 @@ def test_an_answer_is_the_askers_in_whatever_case_its_id_is_written(
     assert (relayed["event_name"], relayed["id"]) == ("m", 8)
 
 
+@promise("A message that is passed on to one other client keeps its `id`")
 def test_clients_ask_one_another_and_the_server_says_nothing(
     connect: Connect, server: Process
 ) -> None:
@@ -3003,6 +3126,7 @@ def test_clients_ask_one_another_and_the_server_says_nothing(
         assert hear_all(asker) == [answer]
 
 
+@promise("A message to many is passed on without it.")
 @pytest.mark.parametrize("to", ["all", "others", "#garden"])
 @pytest.mark.parametrize("event_name", ["m", "relay"])
 def test_a_message_relayed_to_many_loses_its_id(
@@ -3032,6 +3156,7 @@ def test_a_message_that_a_handler_forwards_is_answered_once(
         assert with_ids(hear_all(asker)) == [ok(asker_id, 8)]
 
 
+@promise("`ok` has no payload, and says that the handler is done or the message is sent")
 def test_ok_comes_after_what_its_handler_has_sent(connect: Connect, server: Process) -> None:
     asker = connect(server, "/in?room=garden")
     asker_id = id_of(asker)
@@ -3107,6 +3232,7 @@ def test_a_handler_reads_the_id_of_its_message(connect: Connect, live: Live) -> 
     assert ask(connect(live), "read", payload=1)["payload"] == [1, None]
 
 
+@promise("the handler raised an `HTTPException`, whose detail is the sentence")
 @pytest.mark.parametrize(
     ("raised", "status", "text"),
     [
@@ -3261,6 +3387,7 @@ def test_a_close_that_websockets_refuses_is_a_failed_handler_and_leaves_nothing_
     assert after["clients"] == before["clients"]
 
 
+@promise("So the client whose handler called them gets `refused`")
 def test_a_wrong_room_that_a_client_chose_is_refused_with_what_is_right(
     connect: Connect, live: Live
 ) -> None:
@@ -3284,6 +3411,10 @@ def test_a_sum_of_something_else_is_logged(records: Records, connect: Connect, l
 # ---- Metrics: `pytest -m metrics` ----------------------------------------------------------------
 
 
+@promise(
+    "clients that came, and that went: `client`, `admin`, `slow_client`, `keepalive`, "
+    "`message_too_big`, `server_stop`"
+)
 def test_every_series_is_there_from_the_start() -> None:
     script = (
         "import datadivr, prometheus_client; print(prometheus_client.generate_latest().decode())"
@@ -3315,6 +3446,11 @@ def test_every_series_is_there_from_the_start() -> None:
     ) | {f'build_info{{version="{datadivr.__version__}"}}': "1.0"}
 
 
+@promise(
+    "clients connected, and rooms with clients in them",
+    "messages from clients; deliveries: one message to 200 clients counts 200",
+    "histogram, by registered events",
+)
 def test_the_metrics_agree_with_what_was_done(connect: Connect, live: Live) -> None:
     before = metrics(live)
     sender, receiver = connect(live), connect(live)
@@ -3350,6 +3486,7 @@ def test_a_client_cannot_add_a_series(connect: Connect, live: Live) -> None:
     assert not [name for name in metrics(live) if 'event_name="m"' in name]
 
 
+@promise("bytes unsent to the slowest client, dropped above `DATADIVR_MAX_BUFFER_BYTES`")
 def test_the_slowest_client_is_seen_before_it_is_dropped(live: Live) -> None:
     with raw_client(live, 4096) as slow:
         client_id = own_id(slow)
@@ -3444,6 +3581,7 @@ def scraped(both: list[Scraped]) -> Scraped:
     return both[1]
 
 
+@promise('static_configs: [{ targets: ["localhost:8000"] }]')
 @pytest.mark.parametrize("protected", [False, True])
 def test_prometheus_sees_who_is_connected(both: list[Scraped], protected: bool) -> None:
     scraped = both[protected]
@@ -3473,6 +3611,7 @@ def test_the_rate_that_prometheus_sees_is_what_was_sent(scraped: Scraped, connec
     )
 
 
+@promise("Handlers: 99 % within")
 def test_each_panel_of_the_readmes_dashboard_shows_something(
     scraped: Scraped, connect: Connect
 ) -> None:
@@ -3489,6 +3628,7 @@ def test_each_panel_of_the_readmes_dashboard_shows_something(
         wait_until(functools.partial(shows, promql), title)
 
 
+@promise('expr: increase(datadivr_errors_total{type="slow_client"}[5m]) > 0')
 def test_an_alert_fires_where_a_client_that_does_not_read_is_dropped(scraped: Scraped) -> None:
     (alert,) = re.findall(r"expr: (.*slow_client.*> 0)", README)
     assert scraped.query(alert) == []
@@ -3501,6 +3641,7 @@ def test_an_alert_fires_where_a_client_that_does_not_read_is_dropped(scraped: Sc
         wait_until(lambda: scraped.query(alert), "the alert")
 
 
+@promise('expr: rate(datadivr_errors_total{type="handler_error"}[5m]) > 0.1')
 def test_an_alert_fires_where_handlers_fail(scraped: Scraped, connect: Connect) -> None:
     (alert,) = re.findall(r"expr: (rate.*handler_error.*> 0.1)", README)
     client = connect(scraped)
@@ -3586,6 +3727,7 @@ def test_a_compressed_frame_needs_nothing_of_what_came_before_it(
         assert len(sent) < len(payload) if shrinks else sent == payload
 
 
+@promise("permessage-deflate with a window of 12 bits or more; 0 is none")
 @pytest.mark.parametrize(
     ("length", "first"), [(1023, datadivr._TEXT), (1024, datadivr._COMPRESSED_TEXT)]
 )
@@ -3874,6 +4016,7 @@ def test_reading_that_uvicorn_has_paused_is_not_resumed(live: Live, registry: No
         wait_until(protocol.transport.is_reading, "both to be handled")
 
 
+@promise("The limit holds before a message is inflated, and for what a relayed one grows to.")
 @needs_sansio
 @pytest.mark.parametrize("fragmented", [False, True])
 def test_a_message_that_would_inflate_over_the_limit_is_refused(
@@ -3969,6 +4112,7 @@ class WrappedReceive:
         await self.app(scope, watched, send)
 
 
+@promise("the line names the wrapper's module")
 def test_behind_a_wrapper_the_stop_is_the_reason_and_the_wrapper_is_named(
     registry: None, ended: Callable[[], dict[str, float]], records: Records
 ) -> None:
@@ -4184,6 +4328,7 @@ def test_errors_of_a_kind_are_logged_once_a_minute_as_a_warning(
     assert "secret thing" not in repr(logged)
 
 
+@promise("The minute is counted for each event and in each process.")
 def test_one_handlers_errors_do_not_hide_anothers(
     connect: Connect, live: Live, logged: list[Any]
 ) -> None:
@@ -4235,6 +4380,7 @@ def test_a_message_over_the_rate_has_an_error_with_its_id(
     assert (answer["event_name"], answer["id"]) == ("error", "second")
 
 
+@promise("each with an `id` is answered, others are told at most once a second")
 def test_each_message_over_the_rate_that_has_an_id_is_answered_once(
     connect: Connect, live: Live, configure: Callable[..., None]
 ) -> None:
@@ -4248,6 +4394,7 @@ def test_each_message_over_the_rate_that_has_an_id_is_answered_once(
     assert told == {"ok", "error"}
 
 
+@promise("`clients[id].rooms` still says which until its `$disconnect` handler has run")
 def test_a_clients_rooms_are_a_frozen_set_until_its_disconnect_has_run(
     connect: Connect, live: Live
 ) -> None:
@@ -4286,6 +4433,7 @@ def test_a_message_to_all_reaches_its_sender_too(connect: Connect, server: Proce
     assert [hear(client)["event_name"] for client in clients] == ["hello"] * 3
 
 
+@promise("`all`, `others` (the default: everybody but the sender)")
 def test_a_message_goes_to_the_others_by_default(connect: Connect, server: Process) -> None:
     sender, *others = clients = [connect(server) for _ in range(3)]
     say(sender, "hello")
@@ -4302,6 +4450,7 @@ def test_a_message_to_an_id_reaches_that_client_alone(connect: Connect, server: 
     assert [hear(client)["event_name"] for client in clients] == ["end"] * 3
 
 
+@promise("no client with the id in `to` is connected")
 def test_a_message_to_an_unknown_id_gets_its_sender_an_error(
     connect: Connect, server: Process
 ) -> None:
@@ -4320,6 +4469,7 @@ def test_messages_from_one_sender_arrive_in_order_mixed_with_direct_ones(
     assert [hear(receiver)["payload"] for _ in range(300)] == list(range(300))
 
 
+@promise("returns how many clients of this process that addresses")
 def test_broadcast_from_a_route_returns_how_many_clients_it_addressed(
     connect: Connect, server: Process
 ) -> None:
@@ -4365,6 +4515,11 @@ def test_broadcast_refuses_what_json_cannot_hold(live: Live, connect: Connect) -
         asyncio.run(datadivr.broadcast(WebSocketMessage(event_name="x", payload=object())))
 
 
+@promise(
+    "bytes unsent to one client, above which it is dropped with 1013",
+    "hold up nobody. One with more than `DATADIVR_MAX_BUFFER_BYTES` unsent is dropped with 1013.",
+    "| Slow clients | dropped at a limit, and counted |",
+)
 def test_a_client_that_does_not_read_is_dropped_and_the_others_are_not(
     connect: Connect, server: Process
 ) -> None:
@@ -4387,6 +4542,7 @@ def test_a_client_that_does_not_read_is_dropped_and_the_others_are_not(
         assert re.search(r"slow_client_dropped +buffered_bytes=\d+ +client_id=", server.log)
 
 
+@promise("One that stalls below goes with uvicorn's keepalive.")
 @needs_sansio
 def test_a_client_that_stalls_below_the_limit_is_gone_once_the_keepalive_gives_it_up(
     ended: Callable[[], dict[str, float]], monkeypatch: pytest.MonkeyPatch
@@ -4645,6 +4801,7 @@ def test_a_sweep_goes_on_after_one_that_failed(loop: FakeLoop, crowd: list[FakeC
     del crowd[0].is_closing
 
 
+@promise("So do tests, and what wraps `receive`.")
 def test_two_sessions_of_a_test_client_talk_to_each_other() -> None:
     with (
         TestClient(datadivr.app, headers=ADMIN) as client,
@@ -4693,6 +4850,7 @@ def test_a_room_moves_on_from_a_loop_that_is_closed(loop: FakeLoop) -> None:
     assert datadivr.clients == {}
 
 
+@promise("no server runs in this process: use `POST /messages`")
 def test_a_broadcast_in_a_process_without_a_server_says_so() -> None:
     log = log_of("""
         import asyncio
@@ -4703,6 +4861,7 @@ def test_a_broadcast_in_a_process_without_a_server_says_so() -> None:
     assert "POST /messages" in log
 
 
+@promise("the name of a room (its clients, but the sender)")
 def test_a_message_to_a_room_reaches_its_members_but_the_sender(
     connect: Connect, server: Process
 ) -> None:
@@ -4715,6 +4874,7 @@ def test_a_message_to_a_room_reaches_its_members_but_the_sender(
     assert [hear_all(client) for client in (*members, stranger)] == [[]] * 4
 
 
+@promise("allowed to speak there. Handlers, `broadcast` and `POST /messages` reach any room.")
 @pytest.mark.parametrize("name", ["publish", "reply"])
 def test_a_handler_reaches_a_room_that_its_asker_is_not_in(
     connect: Connect, server: Process, name: str
@@ -4737,6 +4897,7 @@ def test_broadcast_reaches_all_members_and_an_answer_all_but_the_asker(
         assert len(hear_all(asker)) == (name == "publish")
 
 
+@promise("leaves out nobody, unless you write `sender=clients[message.from_id].websocket`")
 def test_broadcast_to_a_room_returns_how_many_and_leaves_out_its_sender(
     connect: Connect, live: Live
 ) -> None:
@@ -4760,6 +4921,11 @@ def test_broadcast_to_a_room_returns_how_many_and_leaves_out_its_sender(
     assert counts == [2, 1, 2, 2, 0, 0]
 
 
+@promise(
+    "Nobody else is in the room, and so no other client can send to it",
+    "the sender is not in the room in `to`, or may only listen there",
+    "A client that sends to a room must be in it, and allowed",
+)
 @pytest.mark.parametrize("way", ["never in", "left", "listens only", "removed", "asks in capitals"])
 @pytest.mark.parametrize("event_name", ["m", "relay"])
 def test_who_is_not_in_a_room_or_may_only_listen_cannot_send_there(
@@ -4788,6 +4954,7 @@ def test_who_is_not_in_a_room_or_may_only_listen_cannot_send_there(
     assert heard == ["m"] * (way in ("listens only", "asks in capitals"))
 
 
+@promise("To join twice, or to leave a room that a client is not in, does nothing.")
 def test_joining_twice_and_leaving_what_one_is_not_in_change_nothing(
     connect: Connect, server: Process
 ) -> None:
@@ -4804,6 +4971,7 @@ def test_joining_twice_and_leaving_what_one_is_not_in_change_nothing(
     assert hear_all(member) == hear_all(client) == []
 
 
+@promise("To join again with another `listen_only` changes that.")
 def test_whoever_joins_again_may_speak_or_not_as_the_last_time_says(
     connect: Connect, server: Process
 ) -> None:
@@ -4820,6 +4988,9 @@ def test_whoever_joins_again_may_speak_or_not_as_the_last_time_says(
     assert len(hear_all(member)) == 1
 
 
+@promise(
+    "A client sees the messages of one sender in the order sent, whichever way they are addressed."
+)
 def test_messages_to_all_to_rooms_and_to_one_arrive_in_the_order_sent(
     connect: Connect, server: Process
 ) -> None:
@@ -4834,6 +5005,7 @@ def test_messages_to_all_to_rooms_and_to_one_arrive_in_the_order_sent(
     assert [message["payload"] for message in hear_all(one)] == expected
 
 
+@promise("All clients of a process see its messages in one order.")
 def test_all_clients_see_one_order_whoever_speaks(connect: Connect, server: Process) -> None:
     speakers = [connect(server, "/in?room=garden") for _ in range(3)]
     listeners = [connect(server, "/in?room=garden") for _ in range(2)]
@@ -4849,6 +5021,7 @@ def test_all_clients_see_one_order_whoever_speaks(connect: Connect, server: Proc
         assert [number for speaker, number in orders[0] if speaker == who] == list(range(100))
 
 
+@promise("everything that this process publishes to the room reaches the client")
 def test_whoever_has_joined_hears_all_that_is_published_from_then_on(
     connect: Connect, live: Live
 ) -> None:
@@ -4888,6 +5061,10 @@ def test_a_message_published_before_somebody_joins_is_not_for_it(
     assert [connection.received for connection in crowd[:3]] == [[b"1", b"2"], [b"2", b"3"], []]
 
 
+@promise(
+    "shortest message that is compressed once for all clients",
+    "in bytes that all clients share, compressed once",
+)
 def test_what_is_sent_to_a_room_is_framed_once_for_all_its_members(loop: FakeLoop) -> None:
     framed: list[bytes] = []
 
@@ -4941,6 +5118,10 @@ def test_a_client_that_a_flush_finds_gone_is_in_no_room(loop: FakeLoop, change: 
     assert client not in members
 
 
+@promise(
+    "can be awaited in any event loop of the process",
+    "raise an `HTTPException`: 404 if no client has the id, 503 if its node does not answer",
+)
 @pytest.mark.parametrize("name", ["here", "elsewhere"])
 def test_rooms_are_changed_and_listed_from_any_thread_and_loop(
     connect: Connect, server: Process, name: str
@@ -5043,6 +5224,10 @@ class Conversation:
         self.expected[who].clear()
 
 
+@promise(
+    "A message reaches every client that it is for, that is connected and that reads. "
+    "Nothing is kept for others."
+)
 @hypothesis.settings(
     max_examples=40,
     deadline=None,
@@ -5105,6 +5290,7 @@ def test_what_is_called_from_another_loop_answers_as_in_the_servers(
     assert id_of(other)
 
 
+@promise("They do their work in the server's own")
 def test_a_call_from_another_loop_while_nobody_is_connected_moves_nothing(
     connect: Connect, live: Live
 ) -> None:
@@ -5142,6 +5328,7 @@ def test_where_no_server_runs_a_call_says_so_and_comes_back(tmp_path: Path) -> N
         assert refusal == "503 No server runs in this process."
 
 
+@promise("A client that reads is not dropped for one message that is larger than the limit.")
 def test_who_reads_a_message_larger_than_the_buffer_is_not_dropped_for_it(
     connect: Connect, live: Live, configure: Callable[..., None]
 ) -> None:
@@ -5172,6 +5359,7 @@ def test_who_reads_a_message_larger_than_the_buffer_is_not_dropped_for_it(
         wait_until(lambda: reader_id not in datadivr.clients, "its end")
 
 
+@promise("must be at least that, or the log has `small_buffer`")
 def test_a_buffer_smaller_than_a_message_is_named_at_the_start(tmp_path: Path) -> None:
     script = """
         import datadivr
@@ -5190,6 +5378,7 @@ def test_a_buffer_smaller_than_a_message_is_named_at_the_start(tmp_path: Path) -
             assert name in lines[0]
 
 
+@promise("the client's network is too slow for what you send, or its code blocks")
 def test_a_slow_client_is_named_once_with_the_setting_that_decides(
     live: Live, records: Records, configure: Callable[..., None]
 ) -> None:
@@ -5228,6 +5417,9 @@ def test_who_was_disconnected_is_not_dropped_as_slow_too(
     assert ended() == {"admin": 1}
 
 
+@promise(
+    "it does not say that anybody has received it. If the connection ends first, no answer comes"
+)
 def test_who_leaves_before_its_own_answer_makes_no_error(
     connect: Connect, live: Live, records: Records
 ) -> None:
@@ -5262,6 +5454,10 @@ def test_who_leaves_before_its_own_answer_makes_no_error(
     assert metrics(live)[name] == before + 1
 
 
+@promise(
+    "Swift writes UUIDs in capitals, which is no problem: ids compare without case",
+    "and in `clients[id]` and `clients.get(id)`, ids compare without case.",
+)
 def test_ids_compare_without_case(connect: Connect, server: Process) -> None:
     sender, receiver = connect(server), connect(server)
     client_id = id_of(receiver).upper()
@@ -5280,6 +5476,7 @@ def test_ids_compare_without_case(connect: Connect, server: Process) -> None:
 # ---- The WebSocket endpoint: `pytest -m endpoint` ------------------------------------------------
 
 
+@promise("`$connect` and `$disconnect` run for a client that came or went.")
 def test_connect_and_disconnect_handlers_run_for_each_client(connect: Connect, live: Live) -> None:
     @datadivr.websocket_handler("$connect")
     async def came(message: WebSocketMessage) -> WebSocketMessage:
@@ -5299,6 +5496,7 @@ def test_connect_and_disconnect_handlers_run_for_each_client(connect: Connect, l
     ]
 
 
+@promise("A handler reads what your [log-in function](#let-users-log-in) put on `websocket.state`")
 def test_handlers_read_and_write_what_is_known_of_a_client_up_to_its_disconnect(
     connect: Connect, server: Process
 ) -> None:
@@ -5316,6 +5514,7 @@ def test_handlers_read_and_write_what_is_known_of_a_client_up_to_its_disconnect(
         assert hear(watcher)["payload"] == [user, False]
 
 
+@promise("A handler may close its client: `await clients[message.from_id].websocket.close()`")
 @needs_sansio
 def test_a_handler_that_closes_its_clients_websocket_itself_is_in_nobodys_way(
     connect: Connect, live: Live
@@ -5408,6 +5607,10 @@ def test_a_flood_from_one_client_leaves_the_others_their_turn(
     assert max(times) < 2  # a generous limit; the benchmark has the measured one
 
 
+@promise(
+    "those that begin with `$` are the server's own",
+    "it is not a message; the sentence names the field and what was expected",
+)
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -5449,6 +5652,10 @@ def test_what_is_not_a_message_gets_an_error_that_names_the_field(
     assert id_of(client) == client_id
 
 
+@promise(
+    "a longer one closes its connection with 1009. `DATADIVR_MAX_BUFFER_BYTES`",
+    "| 1009 | a message longer than `DATADIVR_MAX_MESSAGE_BYTES` |",
+)
 @pytest.mark.parametrize("kind", [str, str.encode])
 @pytest.mark.parametrize("text", ["x" * (1 << 20), "é" * (1 << 19)], ids=["ascii", "other"])
 def test_a_message_over_the_limit_closes_its_connection(
@@ -5511,6 +5718,11 @@ def test_clients_that_come_at_once_do_not_exceed_the_limit(tmp_path: Path, name:
         assert sorted(statuses) == [b"HTTP/1.1 101"] * 3 + [b"HTTP/1.1 503"] * 17
 
 
+@promise(
+    "set `DATADIVR_MAX_CLIENTS` and `DATADIVR_MAX_MESSAGES_PER_SECOND`.",
+    "503 (`DATADIVR_MAX_CLIENTS`), or what your own function raises",
+    "clients connected at once, the next is refused with 503; 0 is no limit",
+)
 def test_clients_over_the_limit_are_refused_until_one_goes(
     connect: Connect, live: Live, configure: Callable[..., None]
 ) -> None:
@@ -5524,6 +5736,13 @@ def test_clients_over_the_limit_are_refused_until_one_goes(
     assert id_of(connect(live))
 
 
+@promise(
+    "Programs that are no browser send no `Origin`, and need not be listed",
+    "those of the server's own host and port",
+    "is refused with 403 until it is listed",
+    "`*` allows any page.",
+    "origins of pages besides the server's own, by commas",
+)
 @pytest.mark.parametrize(
     ("origin", "host", "allowed", "status"),
     [
@@ -5568,6 +5787,10 @@ def refusal(headers: Any = None, subprotocols: list[str] | None = None) -> int |
         return denied.status_code
 
 
+@promise(
+    "It brings a token in the header `Authorization: Bearer ...`",
+    "Connections are refused with 401 (no token, or a wrong one)",
+)
 @pytest.mark.parametrize(
     ("headers", "subprotocols", "status"),
     [
@@ -5613,6 +5836,7 @@ def test_a_refused_token_is_asked_for(configure: Callable[..., None]) -> None:
     assert denied.value.headers["www-authenticate"] == "Bearer"
 
 
+@promise("`websocket_endpoint(websocket)` | the same after `authorize_client`")
 @needs_refusals
 def test_websocket_endpoint_authorizes_wherever_it_is_mounted(
     configure: Callable[..., None],
@@ -5695,6 +5919,7 @@ def test_whatever_a_client_sends_the_server_lives_and_bystanders_lose_nothing(
     wait_until(lambda: total(server) == 3, "the registry to be right")
 
 
+@promise("serves a client in a WebSocket route of yours, and asks nobody who it is")
 @needs_refusals
 def test_the_limit_on_clients_holds_through_every_door(configure: Callable[..., None]) -> None:
     configure(max_clients=1)
@@ -5710,6 +5935,9 @@ def test_the_limit_on_clients_holds_through_every_door(configure: Callable[..., 
         assert denied.value.status_code == 503
 
 
+@promise(
+    "So a page that comes in there is let in only if its host is `localhost`, an address, or listed"
+)
 @pytest.mark.parametrize(
     ("origin", "host", "local", "status"),
     [
@@ -5779,6 +6007,11 @@ def test_a_connection_that_is_cut_as_it_is_accepted_has_both_events_or_none(
     assert counts["$connect"] == counts["$disconnect"]
 
 
+@promise(
+    "from the same machine, those whose `Host` is `localhost`, an address or listed",
+    "`Host` must be `localhost`, an address, or the host of a listed origin. Any other is"
+    " refused with 403",
+)
 def test_metrics_are_not_for_a_name_that_points_to_loopback(
     live: Live, configure: Callable[..., None]
 ) -> None:
@@ -5789,6 +6022,10 @@ def test_metrics_are_not_for_a_name_that_points_to_loopback(
         assert http.get(url, headers={"Host": host}).status_code == status
 
 
+@promise(
+    "These two find a client until its `$disconnect` handler has run. `in`, which "
+    "compares with case, `len` and iteration know connected clients alone"
+)
 def test_a_disconnect_handler_finds_its_client_in_each_way_that_asks_for_it(
     connect: Connect, live: Live
 ) -> None:
@@ -5867,6 +6104,10 @@ DOOR = """
 """
 
 
+@promise(
+    "Where nothing is set, the log has `open_to_the_network` as the first client comes in.",
+    "set `DATADIVR_CLIENT_TOKEN`, or let users log in",
+)
 def test_a_server_that_anybody_can_reach_and_enter_is_told_so_once(tmp_path: Path) -> None:
     public = "192.0.2.7", "2001:db8::7", "::ffff:192.0.2.7"
     private = "127.0.0.1", "127.9.9.9", "::1", "::ffff:127.0.0.1", "/run/datadivr.sock"
@@ -5919,6 +6160,10 @@ def room_host(rooms: Any) -> fastapi.FastAPI:
     return host
 
 
+@promise(
+    "A client is in it before anything else happens, with each of its devices",
+    "`websocket.state.rooms`, a set of names, is joined as the client is accepted",
+)
 @pytest.mark.parametrize(
     "rooms", [{"garden", "user:ada"}, ["garden", "user:ada"], frozenset({"garden", "user:ada"})]
 )
@@ -6014,6 +6259,7 @@ def test_rooms_work_in_a_test_client() -> None:
     assert datadivr.clients == {}
 
 
+@promise("A client that goes leaves all rooms.")
 def test_whoever_goes_leaves_all_rooms(connect: Connect, server: Process) -> None:
     stayer = connect(server, "/in?room=garden")
     with dial(f"ws://127.0.0.1:{server.port}/in?room=garden&room=shed") as goer:
@@ -6056,6 +6302,11 @@ def test_the_admin_api_asks_for_its_token(method: str, path: str, headers: dict[
     assert answer.json() == {"detail": "The admin token is needed."}
 
 
+@promise(
+    "those with the token that the server made up | those with `DATADIVR_ADMIN_TOKEN`",
+    "Otherwise the server makes up a token and prints it to standard output, which Docker keeps",
+    "Otherwise the server prints a token that it makes up to standard output, which systemd keeps",
+)
 def test_a_token_is_made_up_and_shown_once_but_in_no_log_where_none_is_set(
     configure: Callable[..., None], logged: list[Any], made_up_token: Callable[..., str]
 ) -> None:
@@ -6090,6 +6341,7 @@ def test_a_client_is_listed_with_its_counts(connect: Connect, live: Live) -> Non
     }
 
 
+@promise("`next` is the `after` of the following page")
 def test_the_list_pages_past_clients_who_come_and_go(connect: Connect, server: Process) -> None:
     api = server.api
     clients = [connect(server) for _ in range(5)]
@@ -6112,6 +6364,10 @@ def test_a_bad_page_is_refused(api: httpx.Client, query: str) -> None:
     assert api.get(f"/clients?{query}").status_code == 422
 
 
+@promise(
+    "disconnected by an administrator; `client.js` does not come back",
+    "`DELETE` closes a connection with 1008, after what was already sent",
+)
 def test_a_client_is_disconnected_after_what_was_sent_to_it(
     connect: Connect, server: Process
 ) -> None:
@@ -6171,6 +6427,10 @@ def test_an_unknown_client_is_not_found(api: httpx.Client, method: str) -> None:
     )
 
 
+@promise(
+    "sends to `all`, unless it has a `to`",
+    'The answer is 202, `{"recipients": 2, "partial": false}`',
+)
 def test_an_announcement_reaches_all_and_is_from_the_server(
     connect: Connect, server: Process
 ) -> None:
@@ -6244,6 +6504,7 @@ def test_a_body_that_ends_early_leaves_no_traceback(
     assert "Traceback" not in caplog.text
 
 
+@promise("series of `GET /metrics`, beside your own of prometheus-client")
 def test_the_metrics_are_prometheus_text_or_openmetrics(api: httpx.Client) -> None:
     text = api.get("/metrics")
     assert text.headers["content-type"].startswith("text/plain; version=")
@@ -6277,6 +6538,11 @@ def test_a_route_of_ones_own_asks_for_the_admin_token() -> None:
     assert client.get("/mine", headers=ADMIN).status_code == 200
 
 
+@promise(
+    "once `DATADIVR_METRICS_TOKEN` is set: those with that token or the admin token",
+    "Then it needs that token, or the admin token",
+    "bearer token that `/metrics` asks for; the admin token opens it too",
+)
 def test_the_metrics_token_and_the_admin_token_open_the_metrics_and_the_former_no_more(
     configure: Callable[..., None],
 ) -> None:
@@ -6288,6 +6554,7 @@ def test_the_metrics_token_and_the_admin_token_open_the_metrics_and_the_former_n
     assert client.get("/clients", headers=scraper).status_code == 401
 
 
+@promise("For a health check, ask `/healthz`. It needs no token")
 def test_the_health_check_is_open() -> None:
     answer = TestClient(datadivr.app).get("/healthz")
     assert (answer.status_code, answer.json()) == (200, {"status": "ok"})
@@ -6429,12 +6696,14 @@ def test_wrong_admin_tokens_are_counted_apart_and_logged(
     assert [entry["event"] for entry in logged] == ["admin_unauthorized"]
 
 
+@promise("A body of more than `DATADIVR_MAX_MESSAGE_BYTES` is refused with 413")
 def test_a_body_over_the_limit_is_told_which_setting_decides(api: httpx.Client) -> None:
     answer = api.post("/messages", content=b"x" * (1 << 20) + b"x")
     assert answer.status_code == 413
     assert "DATADIVR_MAX_MESSAGE_BYTES" in answer.json()["detail"]
 
 
+@promise("`PUT .../rooms/garden?listen_only=true` lets the client listen alone")
 def test_a_client_joins_and_leaves_a_room_by_the_api(connect: Connect, server: Process) -> None:
     member, client = connect(server, "/in?room=garden"), connect(server)
     client_id = id_of(client)
@@ -6473,6 +6742,7 @@ def test_a_room_of_any_name_is_in_the_path_and_in_the_list(
     assert api.get("/clients", params={"room": room}).json()["total"] == 0
 
 
+@promise("with the sentence. Routes answer 422.")
 @pytest.mark.parametrize("method", ["PUT", "DELETE"])
 def test_the_routes_of_rooms_refuse_what_they_cannot_do(
     connect: Connect, live: Live, method: str
@@ -6541,6 +6811,7 @@ def test_the_list_of_a_room_has_its_members_with_their_rooms_sorted(
     }
 
 
+@promise("a page of the clients of all nodes, or of a room's")
 def test_list_clients_returns_pages_of_clients_to_handlers(connect: Connect, live: Live) -> None:
     pages: list[datadivr.ClientPage] = []
 
@@ -6599,6 +6870,7 @@ def test_an_id_is_the_same_in_whatever_case_it_is_written(
 # ---- The application: `pytest -m application` ----------------------------------------------------
 
 
+@promise("the dependencies that you may override")
 @needs_refusals
 def test_a_host_puts_its_own_authorization_in_place() -> None:
     async def authorize(ticket: str = "") -> None:
@@ -6716,6 +6988,7 @@ def test_imports_of_the_package_that_this_file_implements_work(
     assert outputs == [(0, "")] * len(scripts)
 
 
+@promise("the FastAPI application, and its routes for another one")
 def test_a_host_includes_the_router(registry: None) -> None:
     asked = []
     host = fastapi.FastAPI()
@@ -6728,6 +7001,7 @@ def test_a_host_includes_the_router(registry: None) -> None:
     assert len(asked) == 2
 
 
+@promise("does not run: the made-up admin token is shown at the first request that needs it")
 def test_a_host_mounts_the_application_without_a_lifespan(
     configure: Callable[..., None],
     monkeypatch: pytest.MonkeyPatch,
@@ -6783,6 +7057,7 @@ def mounting() -> fastapi.FastAPI:
     return host
 
 
+@promise("set your override on the application that serves")
 @pytest.mark.parametrize(
     ("make", "overridden", "serving"),
     [
@@ -7011,6 +7286,7 @@ def test_every_node_lists_all_nodes_clients_with_live_counts(pair: Pair, cluster
         assert node.api.get(f"/clients/{there_id}").json() == clients[there_id]
 
 
+@promise("closes a connection of any node with 1008")
 def test_a_client_is_disconnected_from_any_node(pair: Pair, cluster: Cluster) -> None:
     _, there = pair
     url = f"/clients/{id_of(there)}"
@@ -7096,6 +7372,13 @@ def joins(log: str) -> tuple[int, int]:
     return log.count("redis_lost"), log.count("redis_joined")
 
 
+@promise(
+    "(gone, or silent for 3 s), nodes serve their own clients",
+    "The log has `redis_lost`, then `redis_joined`",
+    "1 while Redis answers, if there is one; 1",
+    "look at Redis; at who else publishes there",
+    "messages are delivered at most once, too; exactly once while Redis is up",
+)
 @pytest.mark.parametrize("fault", ["killed", "hanging"])
 def test_an_outage_of_redis_costs_what_is_counted_and_is_over_by_itself(
     flow: Flow, cluster: Cluster, fault: str
@@ -7130,6 +7413,10 @@ def test_an_outage_of_redis_costs_what_is_counted_and_is_over_by_itself(
         assert joins(node.log) == (lost + 1, joined + 1)
 
 
+@promise(
+    "What cannot go to other nodes is dropped and counted",
+    "A request for a client of another node is answered with 503",
+)
 def test_while_redis_is_down_each_node_answers_for_itself(pair: Pair, cluster: Cluster) -> None:
     server, one, _ = cluster
     here, there = pair
@@ -7160,6 +7447,10 @@ def test_while_redis_is_down_each_node_answers_for_itself(pair: Pair, cluster: C
         server.start()
 
 
+@promise(
+    "none falls behind its `DATADIVR_MAX_BUFFER_BYTES` or Redis' "
+    "`client-output-buffer-limit pubsub`"
+)
 def test_what_waits_for_a_hanging_redis_is_bounded() -> None:
     with (
         RedisServer() as server,
@@ -7177,6 +7468,10 @@ def test_what_waits_for_a_hanging_redis_is_bounded() -> None:
             server.popen.send_signal(signal.SIGCONT)
 
 
+@promise(
+    "It says that this process answers, and nothing more. Whether Redis answers is in the"
+    " metric `datadivr_redis_up`"
+)
 def test_a_server_starts_without_redis_and_joins_when_it_appears() -> None:
     with RedisServer() as server:
         server.kill()
@@ -7260,6 +7555,7 @@ def test_a_node_that_was_paused_catches_up(pair: Pair, cluster: Cluster) -> None
     assert two.redis_errors == counted
 
 
+@promise("What a node has missed is not counted")
 def test_a_node_that_redis_has_given_up_comes_back(pair: Pair, cluster: Cluster) -> None:
     server, _, two = cluster
     sender, there = pair
@@ -7358,6 +7654,10 @@ def test_garbage_on_the_channels_is_counted_logged_and_dropped(
     assert two.joined
 
 
+@promise(
+    "need a database (`redis://host/1`) or a `DATADIVR_REDIS_PREFIX` of their own",
+    "begins the names of the channels there: one an installation",
+)
 def test_a_prefix_keeps_two_installations_apart(pair: Pair, cluster: Cluster) -> None:
     here, there = pair
     with Node(cluster[0].url, DATADIVR_REDIS_PREFIX="other") as node, dial_node(node) as stranger:
@@ -7385,6 +7685,7 @@ def test_messages_of_one_turn_share_a_publish(cluster: Cluster, pair: Pair) -> N
         assert publishes() - before < 40  # probes among them
 
 
+@promise("`redis://`, `rediss://` or `unix://`: the Redis that makes all processes one server")
 @pytest.mark.parametrize("scheme", ["unix", "rediss"])
 def test_redis_is_reached_through_a_socket_and_through_tls(tmp_path: Path, scheme: str) -> None:
     options = ["--unixsocket", str(tmp_path / "redis.sock")]
@@ -7468,6 +7769,7 @@ def test_redis_is_not_imported_where_it_is_not_configured() -> None:
     )
 
 
+@promise("can speak to every client. Use a password, `rediss://`")
 def test_a_line_among_garbage_is_delivered(pair: Pair, cluster: Cluster) -> None:
     _, there = pair
     data = b'00000000\nhello\nall - {"event_name": "m"}\nall'
@@ -7515,6 +7817,7 @@ def test_a_second_lifespan_in_one_event_loop_joins_again(tmp_path: Path) -> None
         assert (done.stdout, done.returncode) == ("1.0 1.0 ", 0), done.stderr
 
 
+@promise("Replicas, Sentinels and Redis Cluster are refused")
 def test_a_replica_is_refused_with_a_sentence(cluster: Cluster, tmp_path: Path) -> None:
     options = ["--replicaof", "127.0.0.1", str(cluster[0].port), "--dir", str(tmp_path)]
     with RedisServer(*options) as replica, Node(replica.url) as node:
@@ -7834,6 +8137,10 @@ def test_an_announcement_counts_a_rooms_members_on_all_nodes(
         assert (answer.status_code, answer.json()["recipients"]) == (202, recipients)
 
 
+@promise(
+    "`await join_room(client_id, room, listen_only=False)`, `await leave_room(client_id, "
+    "room)` | for a client of any node"
+)
 @pytest.mark.parametrize("way", ["route", "thread"])
 def test_a_client_is_put_into_a_room_and_out_of_it_from_any_node(
     pair: Pair, cluster: Cluster, gardeners: Pair, way: str
@@ -8225,6 +8532,7 @@ def test_the_inline_metadata_agrees_with_the_project() -> None:
     }
 
 
+@promise("is uvicorn's (`--ssl-keyfile`, `--ssl-certfile`) or a proxy's")
 @needs_sansio
 def test_a_stop_under_tls_does_not_wait_for_clients(tmp_path: Path) -> None:
     make_certificate(tmp_path)
@@ -8250,6 +8558,9 @@ def test_a_stop_under_tls_does_not_wait_for_clients(tmp_path: Path) -> None:
                 assert time.monotonic() - start < 5
 
 
+@promise(
+    "On SIGTERM, uvicorn's clients get a close frame (1012), and stalled ones are cut off after 2 s"
+)
 @needs_sansio
 def test_sigterm_closes_every_client_and_ends_in_time_with_stalled_ones_connected() -> None:
     codes: list[int | None] = []
@@ -8429,6 +8740,7 @@ def tab(still: BrowserContext, live: Live) -> Iterator[Tab]:
         assert opened.complaints == []
 
 
+@promise("The server serves the module, beside `/ws`; you need no file of that name")
 def test_the_clients_module_is_served_to_pages_from_anywhere_until_it_changes(
     api: httpx.Client,
 ) -> None:
@@ -8500,6 +8812,11 @@ HOSTED = {
 }
 
 
+@promise(
+    'write `import { connect } from "./client.js"`. In a page of a deeper folder, write '
+    "`../client.js`",
+    "The module finds the server by its own URL. It has no dependencies.",
+)
 @pytest.mark.parametrize("kind", ["page", "worker"])
 def test_the_client_finds_its_server_below_prefixes_and_mounts_under_a_strict_policy(
     context: BrowserContext, kind: str
@@ -8546,6 +8863,7 @@ def test_the_client_of_a_renamed_file_finds_it_behind_nginx_under_a_path(
             wait_until(lambda: page.evaluate("states.at(-1)?.[0]") == "open", "the page")
 
 
+@promise("Or import `https://other.example/client.js`, where that server lists the page's origin")
 def test_a_page_from_elsewhere_imports_the_client_and_is_let_in_where_it_is_listed(
     tab: Tab, configure: Callable[..., None]
 ) -> None:
@@ -8555,6 +8873,7 @@ def test_a_page_from_elsewhere_imports_the_client_and_is_let_in_where_it_is_list
     tab.go_in()
 
 
+@promise("// DATADIVR_CLIENT_TOKEN, or what your own log-in asks for")
 def test_the_client_brings_its_token(tab: Tab, configure: Callable[..., None]) -> None:
     configure(client_token="let-me-in")
     tab.go_in(token="let-me-in")
@@ -8576,6 +8895,7 @@ def test_the_client_makes_no_globals_and_tells_no_state_before_connect_has_retur
     assert tab.get("[early, states]") == [0, [["connecting", ""], ["open", ""]]]
 
 
+@promise("it tries again for as long as the page lives, after 0.5 to 30 s")
 @pytest.mark.parametrize("luck", [0, 1])
 def test_the_client_tries_again_for_ever_after_pauses_that_grow_to_30_seconds(
     tab: Tab, luck: int
@@ -8625,6 +8945,7 @@ def test_the_client_gives_up_a_handshake_that_has_no_end(tab: Tab) -> None:
         tab.get("server.close()")
 
 
+@promise("then the reason of the close, which may be empty, or `The server does not answer.`")
 def test_the_client_comes_back_when_an_open_connection_is_lost(tab: Tab) -> None:
     tab.play()
     for count in (1, 2):  # the pause is as short as at first
@@ -8638,6 +8959,9 @@ def test_the_client_comes_back_when_an_open_connection_is_lost(tab: Tab) -> None
     assert tab.get("states.slice(2, 4)") == [["connecting", "Too slow"], ["open", ""]]
 
 
+@promise(
+    "by the server with 1008, as an administrator does; that is for good, until the page is loaded"
+)
 def test_a_client_that_an_administrator_disconnects_stays_away(tab: Tab) -> None:
     tab.go_in()
     (client_id,) = datadivr.clients
@@ -8714,6 +9038,7 @@ def test_what_is_heard_of_the_servers_health_too_late_does_not_count(tab: Tab) -
     assert tab.get("tries.length") == 4
 
 
+@promise("A page notices within 30 s that nobody answers.")
 def test_a_client_that_hears_nothing_asks_and_without_an_answer_connects_again(tab: Tab) -> None:
     tab.play()
     tab.run_for(19_999)
@@ -8787,6 +9112,7 @@ def test_questions_have_the_servers_answers(tab: Tab, connect: Connect, live: Li
     assert tab.outcome() == ["answer", 42]
 
 
+@promise("10000 ms by default")
 def test_a_question_without_an_answer_fails_in_time_and_its_late_answer_is_dropped(
     tab: Tab,
 ) -> None:
@@ -8823,6 +9149,10 @@ def test_a_question_fails_at_once_with(tab: Tab, end: str, code: str) -> None:
     assert tab.outcome()[:2] == ["Error", code]
 
 
+@promise(
+    'throws unless the state is "open"',
+    "`send` and `ask` work; nothing is kept for later",
+)
 def test_outside_of_an_open_connection_send_throws_and_nothing_is_kept_for_later(tab: Tab) -> None:
     sending = "(() => { try { server.send('m') } catch (error) { return error.code } })()"
     tab.play()
@@ -8878,6 +9208,7 @@ def test_callbacks_that_throw_are_reported_and_do_not_end_the_client(tab: Tab) -
     assert tab.get("thrown") == ["connecting", "open", "one", "two"]
 
 
+@promise("empty after `server.close()`; else the reason of the close")
 def test_after_close_nothing_happens_but_that_the_client_is_closed(tab: Tab) -> None:
     tab.play()
     tab.get("{ server.close(); server.close() }")
@@ -8902,6 +9233,7 @@ def test_a_client_can_be_closed_between_two_attempts_and_during_the_first(tab: T
     assert tab.get("states.map(([state]) => state)") == ["connecting", "closed", "closed"]
 
 
+@promise("Node 22 needs a copy of the file")
 def test_the_client_serves_node_where_a_failed_attempt_has_no_close(
     live: Live, tmp_path: Path
 ) -> None:
@@ -9917,6 +10249,7 @@ def test_the_readme_names_each_line_of_the_log_from_warnings_on() -> None:
     assert logged - errors == described - errors
 
 
+@promise("With `--workers`, each worker has those two.")
 def test_all_lines_of_a_worker_but_uvicorns_first_two_are_json(tmp_path: Path) -> None:
     command = ["-m", "uvicorn", "datadivr:app", "--workers", "2", "--port", "{port}"]
     with Process(*command, cwd=tmp_path, DATADIVR_LOG_FORMAT="json") as process:
@@ -9928,6 +10261,9 @@ def test_all_lines_of_a_worker_but_uvicorns_first_two_are_json(tmp_path: Path) -
     assert "Started parent process" in texts[:2]
 
 
+@promise(
+    "uvicorn with workers exits with 0, which systemd takes for a success. One process exits with 3"
+)
 @pytest.mark.parametrize(
     ("workers", "code"),
     # Older uvicorns start such workers again and again.
@@ -9954,8 +10290,14 @@ def parameters_of(function: Any) -> str:
     return ", ".join(texts).replace("=null", "=None").replace("=false", "=False")
 
 
+@promise(
+    "`websocket_handler(event_name, handler_type=HandlerType.SERVER)` | registers the "
+    "decorated function",
+    '`WebSocketMessage(event_name, payload=None, to="others", from_id="server", '
+    "message=None, id=None)`",
+)
 def test_the_names_of_the_readme_have_the_parameters_that_it_says() -> None:
-    table = README.split("### Python API")[1].split("- Ids")[0]
+    table = README.split("### Python API")[1].split("\n\n- ")[0]
     cells = " ".join(re.findall(r"^\| (.*?) \|", table, re.MULTILINE))
     named = dict(re.findall(r"`(?:await )?(\w+)(?:\((.*?)\))?`", cells))
     for name, parameters in named.items():
@@ -9999,6 +10341,7 @@ def test_each_way_to_run_it_serves(tmp_path: Path, command: str) -> None:
             assert id_of(client)
 
 
+@promise("`uv run` installs what the head of `datadivr.py` names")
 def test_the_container_of_the_readme_asks_for_its_token(tmp_path: Path) -> None:
     shutil.copy(ROOT / "datadivr.py", tmp_path)
     words = shlex.split(block("sh", "docker run"))
@@ -10152,6 +10495,7 @@ def test_the_tutorials_page_works_under_a_path_and_its_handlers_refuse_the_rest(
         expect(page.locator("#state")).to_have_text("open")
 
 
+@promise("def test_what_a_client_says_goes_to_all() -> None:")
 def test_the_tests_of_the_readme_pass(tmp_path: Path) -> None:
     (tmp_path / "static").mkdir()
     copy_out(tmp_path, "application", "test_application")
@@ -10269,6 +10613,7 @@ def test_a_page_and_a_client_speak_in_a_room_of_the_readme(
     assert "chat" not in {message["event_name"] for message in hear_all(bob)}
 
 
+@promise("In a chat whose speaker sees its own line, the handler calls `broadcast`")
 def test_a_speaker_sees_its_own_line_if_the_handler_broadcasts(
     live: Live, connect: Connect
 ) -> None:
@@ -10311,6 +10656,7 @@ def test_the_readme_tells_who_is_in_a_room(
     assert not heard & {"came", "went"}
 
 
+@promise("The page keeps what arrives before the answer, and shows each number once")
 def test_the_page_of_the_readme_gets_what_it_missed_in_order_or_begins_anew(
     recipes: Process, browser: Browser
 ) -> None:
@@ -10347,6 +10693,7 @@ def test_the_page_of_the_readme_gets_what_it_missed_in_order_or_begins_anew(
         wait_for(["kept"])  # it has loaded again
 
 
+@promise("or one failure would end the clock")
 def test_the_clock_of_the_readme_ticks_each_second_and_goes_on_after_a_failure(
     recipes: Process, members: list[ClientConnection]
 ) -> None:
@@ -10358,6 +10705,7 @@ def test_the_clock_of_the_readme_ticks_each_second_and_goes_on_after_a_failure(
     assert "The clock goes on." in recipes.log
 
 
+@promise("plain `def`: it runs in a thread")
 def test_the_threads_of_the_readme_reach_clients(
     recipes: Process, members: list[ClientConnection]
 ) -> None:
@@ -10369,6 +10717,10 @@ def test_the_threads_of_the_readme_reach_clients(
     assert hear_event(client, "temperature")["payload"] == [21.5]
 
 
+@promise(
+    '"payload": "Hello, all.", "to": "all"',
+    "A route of your own is open to everybody until it asks for something, such as the admin token",
+)
 def test_other_programs_and_routes_of_the_readme_reach_clients(
     recipes: Process, members: list[ClientConnection], tmp_path: Path
 ) -> None:
@@ -10434,6 +10786,10 @@ def test_people_log_in_in_three_ways_and_a_session_ends(people: Process) -> None
         assert answer_to(ada, "greet")["event_name"] == "greeting"
 
 
+@promise(
+    'The answer is `{"recipients":2,"partial":false}` where Ada has two devices open, and'
+    " 0 where she has none"
+)
 def test_a_private_push_reaches_each_device_of_one_person(people: Process, tmp_path: Path) -> None:
     url = people.ws
     subprotocols: Any = ["bearer", ADA]
@@ -10468,6 +10824,7 @@ def test_a_moderator_removes_a_client(people: Process) -> None:
             assert own_id_of(again)
 
 
+@promise('"total": 1, "next": null, "partial": false')
 def test_the_list_of_clients_is_as_the_readme_shows_it(people: Process) -> None:
     wait_until(lambda: total(people) == 0, "other tests' clients to go")
     (expected,) = (shown := json.loads(block("json", '"connected_at"')))["clients"]
@@ -10526,6 +10883,7 @@ def test_the_token_that_all_share_is_typed_once(tmp_path: Path, browser: Browser
         )
 
 
+@promise("`server.send(event_name, payload, { to, id })` answers another client's question")
 def test_pages_of_the_readme_ask_the_server_and_one_another(live: Live, browser: Browser) -> None:
     origin = live.url
     code = block("js", '"sum_event"')
@@ -10563,6 +10921,7 @@ def test_the_browser_api_of_the_readme_talks(
         wait_until(lambda: len(datadivr.clients) == 2, "the page to connect again")
 
 
+@promise("from version 13 on, connects again by itself")
 def test_the_python_clients_of_the_readme_have_their_answers_and_come_back(
     tmp_path: Path, live: Live
 ) -> None:
@@ -10588,6 +10947,7 @@ def test_the_python_clients_of_the_readme_have_their_answers_and_come_back(
         wait_until(lambda: process.log == "3.0\n3.0\n", "the second sum")
 
 
+@promise("In a notebook, the server runs in a thread, and the cells have the notebook's loop")
 def test_the_notebook_of_the_readme_reaches_a_client(tmp_path: Path) -> None:
     port = free_port()
     first, second = block("python", "# notebook.py").split("# The next cell:\n")
@@ -10619,6 +10979,11 @@ def test_the_notebook_of_the_readme_reaches_a_client(tmp_path: Path) -> None:
     assert "from a cell" in run(script, tmp_path)
 
 
+@promise(
+    "Clients connect to `/realtime/ws`, pages import `/realtime/client.js`, and the "
+    "console is `/realtime/console`",
+    "| The host's dependencies | hold | do not hold |",
+)
 @pytest.mark.parametrize("way", ["include_router", "mount"])
 def test_the_host_of_the_readme_serves_clients_and_the_api(way: str) -> None:
     names: dict[str, Any] = {}
@@ -10639,6 +11004,9 @@ def test_the_host_of_the_readme_serves_clients_and_the_api(way: str) -> None:
             assert noted == (way == "include_router")
 
 
+@promise(
+    'curl -H "Authorization: Bearer $TOKEN" -X PUT localhost:8000/clients/CLIENT_ID/rooms/garden'
+)
 def test_the_curl_commands_of_the_readme_do_what_it_says(
     live: Live, connect: Connect, tmp_path: Path
 ) -> None:
@@ -10676,6 +11044,12 @@ def test_promtool_finds_no_fault_with_the_readmes_rules(tmp_path: Path, way: str
     assert "5 rules found" in done.stdout
 
 
+@promise(
+    'all processes ("nodes"), on one machine or on several, are one server',
+    "The log of each process has a line `redis_joined`",
+    "whichever worker answers has the sum of all workers of the machine or container",
+    "The server clears what dead workers have left in gauges, such as the number of clients",
+)
 def test_the_workers_of_the_readme_are_one_server_and_a_killed_one_leaves_no_gauge(
     tmp_path: Path,
 ) -> None:
@@ -10718,6 +11092,7 @@ def test_the_workers_of_the_readme_are_one_server_and_a_killed_one_leaves_no_gau
         )
 
 
+@promise("scrape the `/metrics` of each, without `PROMETHEUS_MULTIPROC_DIR`")
 def test_servers_on_two_ports_of_the_readme_are_one_server(tmp_path: Path) -> None:
     commands = block("sh", "--port 8001")
     nodes = [Served(free_port()), Served(free_port())]
@@ -10770,6 +11145,15 @@ def nginx(folder: Path, server: str, secure_port: int | None = None) -> Iterator
         yield proxy
 
 
+@promise(
+    "With TLS, this is the whole `server` block",
+    "nginx connects from the same machine, where [only listed "
+    "names](#decide-who-may-do-what) are let in",
+    "Start uvicorn with `--root-path /live`, which `/docs` needs",
+    "Clients then connect to `wss://chat.example/live/ws`",
+    "there the paths stay `/ws` and `/metrics`",
+    "uvicorn takes the client's address from `X-Forwarded-For` if the proxy is on 127.0.0.1",
+)
 @pytest.mark.parametrize("path", ["/", "/live/"])
 def test_the_readmes_nginx_passes_websockets_and_addresses_on(
     tmp_path: Path, configure: Callable[..., None], path: str
@@ -10809,6 +11193,11 @@ def test_the_readmes_nginx_passes_websockets_and_addresses_on(
         assert f"'{path}openapi.json'" in http.get(f"http://{url}docs").text
 
 
+@promise(
+    "To a socket, as with [systemd](#with-systemd): `proxy_pass http://unix:/run/datadivr/socket;`",
+    "name the proxy in `--forwarded-allow-ips`",
+    "The process listens on a socket, and on no port",
+)
 def test_the_readmes_unit_of_systemd_serves_behind_its_nginx(tmp_path: Path) -> None:
     unit = configparser.RawConfigParser()
     unit.optionxform = str  # type: ignore[assignment,method-assign]
@@ -11092,6 +11481,19 @@ ROOMS = """
     async def join(message: WebSocketMessage) -> None:
         await join_room(message.from_id, message.payload)
 """
+INCLUDING = """
+    import datadivr
+    import fastapi
+    app = fastapi.FastAPI()
+    app.include_router(datadivr.router)
+"""
+MOUNTING = """
+    import datadivr
+    import fastapi
+    app = fastapi.FastAPI()
+    app.mount("/", datadivr.app)
+"""
+
 SOCKETIO = '''
     """python-socketio with its Redis manager."""
 
@@ -11301,13 +11703,20 @@ def text_to_all(size: int) -> bytes:
     return text(size, "all")
 
 
-PROCESSORS = sorted(os.sched_getaffinity(0))
+# macOS cannot bind a process to a processor.
+PROCESSORS = sorted(getattr(os, "sched_getaffinity", lambda _: ())(0))
+
+
+def bind(process_id: int, processors: list[int]) -> None:
+    if processors:
+        os.sched_setaffinity(process_id, processors)
 
 
 @contextlib.contextmanager
 def pinned(folder: Path, name: str, *options: str, **variables: Any) -> Iterator[Process]:
     """Run one of the servers, on a processor of its own where there are two."""
     scripts = {"tutorial": TUTORIAL, "socketio_server": SOCKETIO, "with_rooms": ROOMS}
+    scripts |= {"included": INCLUDING, "mounted": MOUNTING}
     for peer, script in scripts.items():
         (folder / f"{peer}.py").write_text(textwrap.dedent(script))
     quiet = [
@@ -11318,13 +11727,13 @@ def pinned(folder: Path, name: str, *options: str, **variables: Any) -> Iterator
     ]  # a ping's random bytes could hold a mark
     command = ["-m", "uvicorn", f"{name}:app", "--port", "{port}", *quiet, *options]
     with Process(*command, cwd=folder, **variables) as process:
-        os.sched_setaffinity(process.popen.pid, PROCESSORS[:1])
-        os.sched_setaffinity(0, PROCESSORS[1:] or PROCESSORS)
+        bind(process.popen.pid, PROCESSORS[:1])
+        bind(0, PROCESSORS[1:] or PROCESSORS)
         try:
             process.wait_until_up()
             yield process
         finally:
-            os.sched_setaffinity(0, PROCESSORS)
+            bind(0, PROCESSORS)
 
 
 def resident(process: Process) -> int:
@@ -11493,29 +11902,27 @@ def test_size_and_arrival_beside_the_tutorials_pattern(
         return size / 4000, 4000 / seconds
 
     for _ in range(3):
-        for server in ("datadivr", "tutorial"):
+        for server in ("datadivr", "tutorial", "included", "mounted"):
             with pinned(tmp_path, server) as process:
                 figures.setdefault(server, []).append(asyncio.run(run(process)))
-    ours, theirs = (
+    ours, theirs, included, mounted = (
         tuple(map(statistics.median, zip(*runs, strict=True))) for runs in figures.values()
     )
     report(
         capsys,
-        ("4,000 clients", "datadivr", "tutorial", "ratio"),
-        ("---",) * 4,
-        (
-            "bytes an idle client",
-            f"{ours[0]:,.0f}",
-            f"{theirs[0]:,.0f}",
-            f"{ours[0] / theirs[0]:.2f}x",
-        ),
-        (
-            "connections accepted a second",
-            f"{ours[1]:,.0f}",
-            f"{theirs[1]:,.0f}",
-            f"{ours[1] / theirs[1]:.2f}x",
+        ("4,000 clients", "datadivr", "tutorial", "ratio", "include_router", "mount"),
+        ("---",) * 6,
+        *(
+            (
+                row,
+                *(f"{run[i]:,.0f}" for run in (ours, theirs)),
+                f"{ours[i] / theirs[i]:.2f}x",
+                *(f"{run[i]:,.0f}" for run in (included, mounted)),
+            )
+            for i, row in enumerate(("bytes an idle client", "connections accepted a second"))
         ),
     )
+    assert ours[0] < mounted[0] < included[0]
     assert ours[0] < theirs[0]
 
 
