@@ -1,7 +1,24 @@
 """Tests of datadivr, in the order of its sections, each with a mark: `pytest -m cluster`.
 
-Those that take `server` run against real servers, `datadivr` under each of them; those that take
-`live` against a uvicorn in a thread of this process; the others need no socket.
+`pytest -m benchmark` measures, and `python test_datadivr.py` prints the README's promises, each
+with the tests that hold it. These fixtures start servers. `configure` changes settings of this
+process, and so of those that run in it:
+
+| fixture | server | where | for | start |
+|---|---|---|---|---|
+| `api` | Starlette's TestClient | this process | a test | at once |
+| `live` | uvicorn, with default options | a thread of this process | the session | 0.1 s |
+| `tab`, `page` | `live`, with a page in Chromium | this process | the session | 1 s |
+| `server` | `APPLICATION`, under each of `SERVERS` | a process | the session | 1 s each |
+| `scraped`, `both` | two uvicorns, each with a Prometheus | processes | the session | 6 s |
+| `cluster`, `pair`, `flow`, `gardeners` | a Redis and two nodes | processes | the module | 2 s |
+| `tutorial`, `recipes`, `people`, `members` | code of the README | a process | the session | 1 s |
+
+`loop` has no server: a test runs the turns of the event loop, and looks at what was written.
+
+Variables of the environment: with `CI`, a test fails whose program is missing, where others skip
+it. `SLOW_MACHINE=3` makes all bounds on time three times as long. `NODE_PATH` is where the node
+modules are.
 """
 
 import argparse
@@ -92,7 +109,8 @@ README = (ROOT / "README.md").read_text()
 SOURCE = Path(__file__).read_text()
 # The rule above a section names the mark that the section's tests get, at the end of this file.
 SECTION = r"^# ---- .*: `pytest -m (\w+)` -+$"
-LIMIT = 10.0  # seconds that anything may take
+SLOWNESS = float(os.environ.get("SLOW_MACHINE", "1"))  # it stretches all bounds on time
+LIMIT = 10.0 * SLOWNESS  # seconds that anything may take
 TOKEN = "secret"
 ADMIN = {"Authorization": f"Bearer {TOKEN}"}
 os.environ["no_proxy"] = ",".join(
@@ -162,6 +180,15 @@ def wait_until(
     while not condition():
         assert time.monotonic() < deadline, f"waited {limit} s for {what}"
         time.sleep(pause)
+
+
+@contextlib.contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """Fail if what is done in it takes longer."""
+    start = time.monotonic()
+    yield
+    took, bound = time.monotonic() - start, seconds * SLOWNESS
+    assert took < bound, f"it took {took:.2f} s, and may take {bound} s"
 
 
 def free_port() -> int:
@@ -4087,11 +4114,10 @@ def test_a_client_that_floods_is_gone_soon_after_it_was_disconnected(
     for thread in threads:
         thread.start()
     wait_until(lambda: len(heard) > 1000, "the flood")
-    start = time.monotonic()
-    answer = server.api.delete(f"/clients/{client_id}")
-    assert answer.status_code == 204
-    assert gone.wait(LIMIT)
-    assert time.monotonic() - start < 3
+    with within(3):
+        answer = server.api.delete(f"/clients/{client_id}")
+        assert answer.status_code == 204
+        assert gone.wait(LIMIT)
     for thread in threads:
         thread.join(LIMIT)
     flooder.close()
@@ -6396,25 +6422,23 @@ def test_a_client_is_disconnected_while_its_handler_runs(connect: Connect, serve
     say(client, "slow", payload=1)
     other = connect(server)
     assert id_of(other)
-    start = time.monotonic()
-    assert server.api.delete(f"/clients/{client_id}").status_code == 204
-    assert close_code(client) == 1008
-    assert time.monotonic() - start < 0.9
+    with within(0.9):
+        assert server.api.delete(f"/clients/{client_id}").status_code == 204
+        assert close_code(client) == 1008
 
 
 @pytest.mark.parametrize("ws", ["auto", "wsproto"])
 def test_a_stalled_client_is_disconnected_without_waiting_for_it(
     ws: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(datadivr, "_CLOSE_SECONDS", 0.5)
+    monkeypatch.setattr(datadivr, "_CLOSE_SECONDS", 2)
     with Live(ws=ws) as live, raw_client(live, buffer=4096) as stalled:
         client_id = own_id(stalled)
         stall(live, client_id)
-        start = time.monotonic()
-        url = "/clients"
-        assert live.api.delete(f"{url}/{client_id}").status_code == 204
-        assert live.api.get(url).json()["total"] == 0
-        assert time.monotonic() - start < 1
+        with within(1):
+            url = "/clients"
+            assert live.api.delete(f"{url}/{client_id}").status_code == 204
+            assert live.api.get(url).json()["total"] == 0
         wait_until(lambda: not live.server.server_state.connections, "its socket's end")
 
 
@@ -6668,9 +6692,8 @@ def test_the_answer_to_a_close_frame_is_answered_by_the_end_of_the_connection_al
         ((first, payload),) = unframe(client.recv(4096))
         assert (first, payload[:2]) == (0x88, struct.pack("!H", 1008))
         client.sendall(b"\x88\x82" + bytes(4) + payload[:2])
-        start = time.monotonic()
-        assert client.recv(4096) == b""
-        assert time.monotonic() - start < 1  # nobody waits for the limit of 2 s
+        with within(1):  # nobody waits for the limit of 2 s
+            assert client.recv(4096) == b""
 
 
 @needs_sansio
@@ -7392,17 +7415,15 @@ def test_an_outage_of_redis_costs_what_is_counted_and_is_over_by_itself(
         server.kill()
     else:
         server.popen.send_signal(signal.SIGSTOP)
-    start = time.monotonic()
-    flow.until(lambda: not (one.joined or two.joined), "the loss to be noticed")
-    assert time.monotonic() - start < 4
+    with within(4):
+        flow.until(lambda: not (one.joined or two.joined), "the loss to be noticed")
     flow.until(lambda: True, "an outage", 300)
     if fault == "killed":
         server.start()
     else:
         server.popen.send_signal(signal.SIGCONT)
-    start = time.monotonic()
-    flow.until(lambda: one.joined and two.joined, "the return")
-    assert time.monotonic() - start < 5
+    with within(5):
+        flow.until(lambda: one.joined and two.joined, "the return")
     flow.until(lambda: True, "a calm end", 200)
     here, there = flow.collected(flow.here), calm + flow.collected(flow.there)
     assert here == list(range(flow.last + 1))
@@ -7535,8 +7556,9 @@ def test_a_node_that_does_not_answer_is_left_out_after_a_second(
     here_id, there_id = (id_of(client) for client in pair)
     with paused(two):
         start = time.monotonic()
-        page = one.api.get("/clients").json()
-        assert 1 <= time.monotonic() - start < 1.5
+        with within(1.5):
+            page = one.api.get("/clients").json()
+        assert time.monotonic() - start >= 1
         assert (page["partial"], [client["id"] for client in page["clients"]]) == (True, [here_id])
         assert one.api.get(f"/clients/{there_id}").status_code == 503
 
@@ -7594,9 +7616,8 @@ def test_a_killed_nodes_clients_are_gone_and_nobody_else_is_disturbed(
         here_id, there_id, doomed_id = id_of(here), id_of(there), id_of(doomed)
         assert one.ids() == {here_id, there_id, doomed_id}
         victim.stop(signal.SIGKILL)
-        start = time.monotonic()
-        wait_until(lambda: one.ids() == two.ids() == {here_id, there_id}, "them to go")
-        assert time.monotonic() - start < 2
+        with within(2):
+            wait_until(lambda: one.ids() == two.ids() == {here_id, there_id}, "them to go")
         assert ask(here, "m", to=doomed_id)["payload"]["code"] == "unknown_recipient"
         say(here, "m")
         assert hear(there)["event_name"] == "m"
@@ -7899,13 +7920,12 @@ def test_a_pattern_subscriber_beside_them_is_not_taken_for_a_node(
     with server.client.pubsub() as watcher:  # type: ignore[no-untyped-call]
         watcher.psubscribe("*")
         assert watcher.get_message(timeout=LIMIT)
-        start = time.monotonic()
-        page = one.api.get("/clients").json()
-        assert ({client["id"] for client in page["clients"]}, page["partial"]) == (ids, False)
-        assert one.api.get(f"/clients/{nowhere}").status_code == 404
-        answer = one.api.post("/messages", json={"event_name": "news"}).json()
-        assert answer == {"recipients": 2, "partial": False}
-        assert time.monotonic() - start < 1  # what one of them would wait for the watcher's answer
+        with within(1):  # what one of them would wait for the watcher's answer
+            page = one.api.get("/clients").json()
+            assert ({client["id"] for client in page["clients"]}, page["partial"]) == (ids, False)
+            assert one.api.get(f"/clients/{nowhere}").status_code == 404
+            answer = one.api.post("/messages", json={"event_name": "news"}).json()
+            assert answer == {"recipients": 2, "partial": False}
         assert hear(here)["event_name"] == "news"
         assert ask(here, "m", to=nowhere)["payload"]["code"] == "unknown_recipient"
 
@@ -8493,13 +8513,12 @@ def test_the_documented_program_runs_and_replaces_the_sum_handler(tmp_path: Path
         if __name__ == "__main__":
             uvicorn.run(app, host="127.0.0.1", port=8765)
     """
-    with socket.socket() as probe:
-        if not probe.connect_ex(("127.0.0.1", 8765)) and "CI" not in os.environ:
-            pytest.skip("port 8765 is taken")
-    (tmp_path / "program.py").write_text(textwrap.dedent(program))
-    with Process("program.py", cwd=tmp_path, port=8765) as process:
+    port = free_port()
+    program = textwrap.dedent(program).replace("8765", str(port))
+    (tmp_path / "program.py").write_text(program)
+    with Process("program.py", cwd=tmp_path, port=port) as process:
         process.wait_until_up()
-        with dial("ws://127.0.0.1:8765/ws") as client:
+        with dial(process.ws) as client:
             answer = ask(client, "sum_event", payload={"numbers": [1, 2]})
             assert (answer["event_name"], answer["payload"]) == ("sum_result", {"result": 3})
             failed = ask(client, "sum_event", payload={"numbers": ["x"]})
@@ -8553,9 +8572,8 @@ def test_a_stop_under_tls_does_not_wait_for_clients(tmp_path: Path) -> None:
             with idle:
                 idle.sendall(UPGRADE)
                 assert idle.recv(4096).startswith(b"HTTP/1.1 101")
-                start = time.monotonic()
-                process.stop()
-                assert time.monotonic() - start < 5
+                with within(5):
+                    process.stop()
 
 
 @promise(
@@ -8590,9 +8608,8 @@ def test_sigterm_closes_every_client_and_ends_in_time_with_stalled_ones_connecte
             thread.start()
         wait_until(lambda: metrics(process)["messages_sent_total"] > 2000, "the load")
         assert total(process) == 23
-        start = time.monotonic()
-        status = process.stop()
-        assert time.monotonic() - start < 5
+        with within(5):
+            status = process.stop()
         for thread in (talker, *readers):
             thread.join(LIMIT)
     assert codes == [1012] * 20
@@ -10759,7 +10776,7 @@ def people(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
         yield process
 
 
-ADA, BOB = re.findall(r'"(\S+-secret-cookie)"', README)
+ADA, BOB = "a-secret-cookie", "another-secret-cookie"  # as in the README
 FROM_ELSEWHERE = {"Cookie": f"session={ADA}", "Origin": "http://elsewhere.example"}
 
 
