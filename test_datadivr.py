@@ -82,7 +82,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.extensions.permessage_deflate import ClientPerMessageDeflateFactory
 from websockets.sync.client import ClientConnection
 from websockets.sync.client import connect as dial
-from websockets.typing import Origin
+from websockets.typing import Origin, Subprotocol
 
 import datadivr
 from datadivr import HandlerType, WebSocketMessage
@@ -4133,6 +4133,30 @@ def test_no_data_follows_a_close_frame_of_a_handlers(
     assert frames == [(0x88, struct.pack("!H", 4000) + b"bye")]
 
 
+@promise(
+    "full speed needs uvicorn's own WebSocket protocol, of 0.50 or later, and nothing that wraps"
+    " `receive`"
+)
+def test_behind_a_wrapper_messages_go_both_ways_and_the_log_says_what_it_costs(
+    left: None, records: Records
+) -> None:
+    with (
+        Live(WrappedReceive(datadivr.app)) as live,
+        dial(live.ws) as one,
+        dial(live.ws) as two,
+    ):
+        ids = id_of(one), id_of(two)
+        for sender, own, reader, other in ((one, ids[0], two, ids[1]), (two, ids[1], one, ids[0])):
+            say(sender, "m", payload=own, to=other)
+            assert hear(reader) == message_from(own, "m", other, payload=own)
+        assert len(records.named("fanout_through_asgi")) == 1
+
+
+@promise("full speed needs uvicorn's own WebSocket protocol, of 0.50 or later")
+def test_this_uvicorn_is_served_at_full_speed() -> None:
+    assert IS_SANSIO == (tuple(map(int, uvicorn.__version__.split(".")[:2])) >= (0, 50))
+
+
 # ---- Clients: `pytest -m clients` ----------------------------------------------------------------
 
 
@@ -6026,6 +6050,30 @@ def test_whoever_goes_leaves_all_rooms(connect: Connect, server: Process) -> Non
         assert [client["id"] for client in listed["clients"]] == expected
 
 
+@promise(
+    'An endpoint of your own may `await datadivr.handle_connection(websocket, subprotocol="json")`.'
+    " It accepts the client without asking who it is."
+)
+def test_an_endpoint_of_ones_own_answers_a_subprotocol_and_asks_for_no_token(
+    left: None, configure: Callable[..., None]
+) -> None:
+    configure(client_token="of-clients")
+    host = fastapi.FastAPI()
+    host.include_router(datadivr.router)
+
+    @host.websocket("/mine")
+    async def mine(websocket: fastapi.WebSocket) -> None:
+        await datadivr.handle_connection(websocket, subprotocol="json")
+
+    with Live(host) as live:
+        with pytest.raises(InvalidStatus):
+            dial(live.ws)
+        url = live.ws.replace("/ws", "/mine")
+        with dial(url, subprotocols=[Subprotocol("xml"), Subprotocol("json")]) as client:
+            assert client.subprotocol == "json"
+            assert id_of(client)
+
+
 # ---- The admin API: `pytest -m admin` ------------------------------------------------------------
 
 
@@ -6596,6 +6644,25 @@ def test_an_id_is_the_same_in_whatever_case_it_is_written(
     assert close_code(client) in (1008, 1006)  # granian loses the close frame
 
 
+@promise(
+    "`host.dependency_overrides[datadivr.authorize_admin]` takes your own log-in in place of the"
+    " token."
+)
+def test_a_hosts_own_log_in_decides_who_is_an_administrator() -> None:
+    async def log_in(session: Annotated[str, fastapi.Cookie()] = "") -> None:
+        if session != "of-the-chief":
+            raise fastapi.HTTPException(403, "Not you.")
+
+    host = fastapi.FastAPI()
+    host.include_router(datadivr.router)
+    host.dependency_overrides[datadivr.authorize_admin] = log_in
+    with TestClient(host, headers={"Cookie": "session=of-the-chief"}) as chief:
+        assert chief.get("/clients").status_code == 200
+    with TestClient(host, headers=ADMIN) as other:
+        assert other.get("/clients").status_code == 403
+        assert other.post("/messages", json={"event_name": "m"}).status_code == 403
+
+
 # ---- The application: `pytest -m application` ----------------------------------------------------
 
 
@@ -6807,6 +6874,59 @@ def test_an_override_of_an_application_that_does_not_serve_is_named_once(
         datadivr.app.dependency_overrides.clear()
     told = [fields["serving"] for fields in records.named("override_not_used")]
     assert [str(serving) in str(name) for name in told] == [True] * (serving is not None)
+
+
+@promise("| Set `dependency_overrides` on | `host` | `datadivr.app` |")
+@promise("**Overrides** belong on the application that serves the clients.")
+@promise("and clients come in as if you had none")
+@needs_refusals
+@pytest.mark.parametrize(
+    ("make", "overridden", "holds"),
+    [
+        (included, "the host's", True),
+        (included, "datadivr's", False),
+        (mounting, "the host's", False),
+        (mounting, "datadivr's", True),
+    ],
+)
+def test_an_override_refuses_where_its_application_serves_and_nowhere_else(
+    make: Callable[[], fastapi.FastAPI], overridden: str, holds: bool
+) -> None:
+    async def refuse() -> None:
+        raise fastapi.HTTPException(403, "Not you.")
+
+    host = make()
+    app = host if overridden == "the host's" else datadivr.app
+    app.dependency_overrides[datadivr.authorize_client] = refuse
+    status = None
+    try:
+        with TestClient(host) as client, client.websocket_connect("/ws") as session:
+            session.send_json({"event_name": "whoami"})
+            assert session.receive_json()["event_name"] == "whoami"
+    except WebSocketDenialResponse as denied:
+        status = denied.status_code
+    finally:
+        datadivr.app.dependency_overrides.clear()
+    assert status == (403 if holds else None)
+
+
+@promise("has an ERROR for each refused client: leave it out of your alerts | does not |")
+@promise("uvicorn logs an ERROR for each client that is refused.")
+@needs_refusals
+@pytest.mark.parametrize(("make", "errors"), [(included, 2), (mounting, 0)])
+def test_uvicorn_logs_an_error_for_each_refused_client_of_an_included_router_alone(
+    make: Callable[[], fastapi.FastAPI],
+    errors: int,
+    configure: Callable[..., None],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    configure(client_token="of-clients")
+    with Live(make()) as live:
+        for _ in range(2):
+            with pytest.raises(InvalidStatus):
+                dial(live.ws)
+    told = [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert [record.name for record in told] == ["uvicorn.error"] * errors
 
 
 # ---- Cluster: `pytest -m cluster` ----------------------------------------------------------------
@@ -8164,6 +8284,26 @@ def test_three_nodes_share_rooms_questions_and_lists(pair: Pair, cluster: Cluste
         assert {client["id"] for client in page["clients"]} == set(ids[:2])
 
 
+@promise("a Redis user with no more than `+@pubsub +@connection +info &datadivr:*`")
+def test_the_rights_that_the_readme_gives_a_redis_user_are_enough() -> None:
+    (rights,) = re.findall(r"user with no more than `(.*?)`", README)
+    with RedisServer() as server:
+        rules = "ACL", "SETUSER", "low", "reset", "on", ">word", *rights.split()
+        server.client.execute_command(*rules)  # type: ignore[no-untyped-call]
+        url = server.url.replace("//", "//low:word@")
+        with Node(url) as one, Node(url) as two:
+            wait_until(lambda: one.joined and two.joined, "the nodes to join")
+            with dial_node(one) as here, dial_node(two) as there:
+                ids = {id_of(here), id_of(there)}
+                say(here, "m", to="others")
+                assert hear(there)["event_name"] == "m"
+                for node in (one, two):
+                    page = node.api.get("/clients").json()
+                    assert {client["id"] for client in page["clients"]} == ids
+                    assert page["partial"] is False
+            assert one.redis_errors + two.redis_errors == 0
+
+
 # ---- Running it: `pytest -m running` -------------------------------------------------------------
 
 
@@ -8287,6 +8427,60 @@ def test_sigterm_closes_every_client_and_ends_in_time_with_stalled_ones_connecte
     assert codes == [1012] * 20
     assert status == -signal.SIGTERM
     assert "Traceback" not in process.log
+
+
+@promise("serve on 127.0.0.1:8765, or on `--host` and `--port`. They take 5 s at most for the stop.")
+@pytest.mark.parametrize(
+    ("options", "host", "port"),
+    [("", "127.0.0.1", 8765), ("--host 0.0.0.0 --port 9000", "0.0.0.0", 9000)],
+)
+def test_main_serves_this_machine_alone_unless_it_is_told_otherwise(
+    monkeypatch: pytest.MonkeyPatch, options: str, host: str, port: int
+) -> None:
+    told: Json = {}
+    monkeypatch.setattr(uvicorn, "run", lambda app, **given: told.update(given, app=app))
+    monkeypatch.setattr(sys, "argv", ["datadivr", *options.split()])
+    datadivr.main()
+    assert told == {
+        "app": datadivr.app,
+        "host": host,
+        "port": port,
+        "workers": 1,
+        "ws_max_size": datadivr._settings().max_message_bytes,
+        "timeout_graceful_shutdown": 5,
+    }
+
+
+WORK = """
+    import asyncio
+    from pathlib import Path
+
+    from datadivr import WebSocketMessage, app, websocket_handler
+
+    @websocket_handler("work")
+    async def work(message: WebSocketMessage[int]) -> None:
+        Path("begun").touch()
+        await asyncio.sleep(message.payload)
+        Path("done").touch()
+"""
+
+
+@promise("uvicorn waits for handlers, up to its `--timeout-graceful-shutdown`")
+@pytest.mark.parametrize(("seconds", "limit"), [(1, 5), (30, 1)])
+def test_the_stop_waits_for_a_handler_up_to_the_limit(
+    tmp_path: Path, seconds: int, limit: int
+) -> None:
+    (tmp_path / "application.py").write_text(textwrap.dedent(WORK))
+    options = [*SERVERS["uvicorn"], "--timeout-graceful-shutdown", str(limit)]
+    with Process(*options, cwd=tmp_path) as process:
+        process.wait_until_up()
+        with dial(process.ws) as client:
+            say(client, "work", payload=seconds)
+            wait_until((tmp_path / "begun").exists, "the handler to begin")
+            start = time.monotonic()
+            process.stop()
+            assert time.monotonic() - start < 5
+    assert (tmp_path / "done").exists() == (seconds < limit)
 
 
 # ---- The browser's client: `pytest -m client` ----------------------------------------------------
