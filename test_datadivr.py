@@ -3550,6 +3550,38 @@ def test_a_gauge_counts_the_rooms_that_have_members_here(connect: Connect, live:
     assert re.findall(r"^datadivr_rooms.*$", text, re.MULTILINE) == ["datadivr_rooms 0.0"]
 
 
+@promise("If it does not, the import of `datadivr.py` fails, and so does the start.")
+def test_a_folder_of_metrics_that_is_not_there_stops_the_import(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "import datadivr"],
+        env=environment(PROMETHEUS_MULTIPROC_DIR=str(tmp_path / "none")),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert "FileNotFoundError" in done.stderr
+
+
+@promise(
+    "Counters go on from where they were. Empty the folder before a start, if they shall begin at 0."
+)
+def test_counters_go_on_after_a_start_unless_their_folder_is_emptied(tmp_path: Path) -> None:
+    counted = []
+    for begin in ("new", "kept", "emptied"):
+        if begin == "emptied":
+            for file in tmp_path.iterdir():
+                file.unlink()
+        variables = {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+        command = ["-m", "uvicorn", "datadivr:app", "--port", "{port}"]
+        with Process(*command, **variables) as process:
+            process.wait_until_up()
+            with dial(process.ws) as client:
+                id_of(client)
+            counted.append(metrics(process)["connections_total"])
+            process.stop()
+    assert counted == [1, 2, 1]
+
+
 # ---- Frames: `pytest -m frames` ------------------------------------------------------------------
 
 
@@ -6198,7 +6230,7 @@ def test_a_client_is_disconnected_while_its_handler_runs(connect: Connect, serve
 def test_a_stalled_client_is_disconnected_without_waiting_for_it(
     ws: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(datadivr, "_CLOSE_SECONDS", 0.5)
+    monkeypatch.setattr(datadivr, "_CLOSE_SECONDS", 60)
     with Live(ws=ws) as live, raw_client(live, buffer=4096) as stalled:
         client_id = own_id(stalled)
         stall(live, client_id)
@@ -6206,7 +6238,21 @@ def test_a_stalled_client_is_disconnected_without_waiting_for_it(
         url = "/clients"
         assert live.api.delete(f"{url}/{client_id}").status_code == 204
         assert live.api.get(url).json()["total"] == 0
-        assert time.monotonic() - start < 1
+        assert time.monotonic() - start < 2
+        assert live.server.server_state.connections
+        stalled.close()
+        wait_until(lambda: not live.server.server_state.connections, "its socket's end")
+
+
+@pytest.mark.parametrize("ws", ["auto", "wsproto"])
+def test_a_disconnected_client_that_stays_stalled_is_cut_off(
+    ws: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datadivr, "_CLOSE_SECONDS", 0.5)
+    with Live(ws=ws) as live, raw_client(live, buffer=4096) as stalled:
+        client_id = own_id(stalled)
+        stall(live, client_id)
+        assert live.api.delete(f"/clients/{client_id}").status_code == 204
         wait_until(lambda: not live.server.server_state.connections, "its socket's end")
 
 
@@ -6927,6 +6973,28 @@ def test_uvicorn_logs_an_error_for_each_refused_client_of_an_included_router_alo
                 dial(live.ws)
     told = [record for record in caplog.records if record.levelno >= logging.ERROR]
     assert [record.name for record in told] == ["uvicorn.error"] * errors
+
+
+@promise("`importlib.reload` while it runs forgets clients and handlers.")
+def test_a_reload_while_it_runs_forgets_clients_and_handlers(tmp_path: Path) -> None:
+    script = """
+        import datadivr, importlib
+        from fastapi.testclient import TestClient
+
+        @datadivr.websocket_handler("mine")
+        async def mine(message):
+            return None
+
+        with TestClient(datadivr.app) as api, api.websocket_connect("/ws") as client:
+            client.send_json({"event_name": "whoami"})
+            client.receive_json()
+            print(len(datadivr.clients), "mine" in datadivr.get_handlers())
+            importlib.reload(datadivr)
+            print(len(datadivr.clients), "mine" in datadivr.get_handlers())
+    """
+    ((status, output),) = run_each([(script, {})], tmp_path / "out")
+    assert status == 0, output
+    assert re.findall(r"^\d (?:True|False)$", output, re.MULTILINE) == ["1 True", "0 False"]
 
 
 # ---- Cluster: `pytest -m cluster` ----------------------------------------------------------------
@@ -8304,6 +8372,26 @@ def test_the_rights_that_the_readme_gives_a_redis_user_are_enough() -> None:
             assert one.redis_errors + two.redis_errors == 0
 
 
+@promise(
+    "Otherwise each process makes up a token of its own, with Redis or without, and a request gets"
+    " 401 from any process but one."
+)
+def test_the_token_that_a_process_makes_up_is_no_other_processs() -> None:
+    command = ["-u", "DATADIVR_ADMIN_TOKEN", sys.executable, "-m", "uvicorn", "datadivr:app"]
+    command += ["--port", "{port}"]
+    env = find("env")
+    with Process(*command, program=env) as one, Process(*command, program=env) as two:
+        tokens: dict[Process, str] = {}
+        for node in (one, two):
+            node.wait_until_up()
+            wait_until(lambda node=node: "#token=" in node.log, "its token")
+            (tokens[node],) = re.findall(r"#token=([\w-]+)", node.log)
+        for node, other in ((one, two), (two, one)):
+            headers = {"Authorization": f"Bearer {tokens[node]}"}
+            assert http.get(f"{node.url}/clients", headers=headers).status_code == 200
+            assert http.get(f"{other.url}/clients", headers=headers).status_code == 401
+
+
 # ---- Running it: `pytest -m running` -------------------------------------------------------------
 
 
@@ -8429,7 +8517,9 @@ def test_sigterm_closes_every_client_and_ends_in_time_with_stalled_ones_connecte
     assert "Traceback" not in process.log
 
 
-@promise("serve on 127.0.0.1:8765, or on `--host` and `--port`. They take 5 s at most for the stop.")
+@promise(
+    "serve on 127.0.0.1:8765, or on `--host` and `--port`. They take 5 s at most for the stop."
+)
 @pytest.mark.parametrize(
     ("options", "host", "port"),
     [("", "127.0.0.1", 8765), ("--host 0.0.0.0 --port 9000", "0.0.0.0", 9000)],
@@ -11223,6 +11313,78 @@ def test_a_lobby_of_tables_works_on_two_nodes(
         expect(log.last).to_have_text("closed: Disconnected by an administrator")
         page_of = nodes[0].api.get("/clients", params={"room": "lobby"}).json()
         assert sorted(client["user"] for client in page_of["clients"]) == ["Bob", "Cyd", "Mo"]
+
+
+@promise("so that numbers rise when the server starts again")
+def test_the_numbers_of_the_readmes_news_rise_when_the_server_starts_again(tmp_path: Path) -> None:
+    copy_out(tmp_path, "missed")
+    script = """
+        import asyncio, logging
+        logging.disable()
+        import missed
+
+        async def publish():
+            for _ in range(3):
+                await missed.publish("news")
+                print("number", missed.kept[-1]["number"])
+
+        asyncio.run(publish())
+    """
+    output = run(script, tmp_path) + run(script, tmp_path)
+    numbers = [int(number) for number in re.findall(r"^number (\d+)$", output, re.MULTILINE)]
+    assert len(numbers) == 6
+    assert numbers == sorted(set(numbers))
+
+
+@promise(
+    "nginx passes on `/metrics`, too, under the host of your pages, which is listed. Set"
+    " `DATADIVR_METRICS_TOKEN`, or everybody can read it."
+)
+def test_everybody_can_read_the_metrics_through_the_readmes_nginx_until_a_token_is_set(
+    tmp_path: Path, configure: Callable[..., None]
+) -> None:
+    configure(allowed_origins=("https://chat.example",))
+    configuration = block("nginx", "location")
+    with (
+        Live() as server,
+        nginx(tmp_path, configuration.replace(":8000", f":{server.port}")) as proxy,
+    ):
+        proxy.wait_until_up()
+
+        def status(host: str, **headers: str) -> int:
+            url = f"{proxy.url}/metrics"
+            return int(http.get(url, headers={"Host": host, **headers}).status_code)
+
+        assert status("chat.example") == 200
+        assert status("evil.example") == 403
+        configure(metrics_token="of-prometheus")
+        assert status("chat.example") == 401
+        assert status("chat.example", Authorization="Bearer of-prometheus") == 200
+
+
+@promise("They need no sticky sessions.")
+def test_the_readmes_nginx_may_pass_each_client_and_request_to_any_node(
+    tmp_path: Path, cluster: Cluster, pair: Pair
+) -> None:
+    nodes = cluster[1:]
+    servers = " ".join(f"server 127.0.0.1:{node.port};" for node in nodes)
+    configuration = block("nginx", "location").replace("127.0.0.1:8000", "nodes")
+    configuration = f"upstream nodes {{ {servers} }}\n{configuration}"
+    with nginx(tmp_path, configuration) as proxy, contextlib.ExitStack() as stack:
+        proxy.wait_until_up()
+        clients = [stack.enter_context(dial(proxy.ws)) for _ in range(6)]
+        ids = {id_of(client) for client in clients}
+        own = {id_of(client) for client in pair}
+        found = [
+            {told["id"]: told["node"] for told in proxy.api.get("/clients").json()["clients"]}
+            for _ in range(4)
+        ]
+        assert all(set(page) == ids | own for page in found)
+        assert len({node for id_, node in found[0].items() if id_ in ids}) == 2
+        say(clients[0], "m", to="all")
+        assert {hear(client)["event_name"] for client in clients} == {"m"}
+        for client_id in ids:
+            assert proxy.api.get(f"/clients/{client_id}").status_code == 200
 
 
 # ---- Benchmarks: `pytest -m benchmark` -----------------------------------------------------------
