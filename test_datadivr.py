@@ -3563,7 +3563,8 @@ def test_a_folder_of_metrics_that_is_not_there_stops_the_import(tmp_path: Path) 
 
 
 @promise(
-    "Counters go on from where they were. Empty the folder before a start, if they shall begin at 0."
+    "Counters go on from where they were. Empty the folder before a start, if they shall begin at"
+    " 0."
 )
 def test_counters_go_on_after_a_start_unless_their_folder_is_emptied(tmp_path: Path) -> None:
     counted = []
@@ -3571,9 +3572,8 @@ def test_counters_go_on_after_a_start_unless_their_folder_is_emptied(tmp_path: P
         if begin == "emptied":
             for file in tmp_path.iterdir():
                 file.unlink()
-        variables = {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
         command = ["-m", "uvicorn", "datadivr:app", "--port", "{port}"]
-        with Process(*command, **variables) as process:
+        with Process(*command, PROMETHEUS_MULTIPROC_DIR=str(tmp_path)) as process:
             process.wait_until_up()
             with dial(process.ws) as client:
                 id_of(client)
@@ -4186,7 +4186,8 @@ def test_behind_a_wrapper_messages_go_both_ways_and_the_log_says_what_it_costs(
 
 @promise("full speed needs uvicorn's own WebSocket protocol, of 0.50 or later")
 def test_this_uvicorn_is_served_at_full_speed() -> None:
-    assert IS_SANSIO == (tuple(map(int, uvicorn.__version__.split(".")[:2])) >= (0, 50))
+    version = tuple(map(int, uvicorn.__version__.split(".")[:2]))
+    assert (version >= (0, 50)) == IS_SANSIO
 
 
 # ---- Clients: `pytest -m clients` ----------------------------------------------------------------
@@ -8381,13 +8382,16 @@ def test_the_token_that_a_process_makes_up_is_no_other_processs() -> None:
     command += ["--port", "{port}"]
     env = find("env")
     with Process(*command, program=env) as one, Process(*command, program=env) as two:
-        tokens: dict[Process, str] = {}
-        for node in (one, two):
+
+        def shown(node: Process) -> str:
             node.wait_until_up()
-            wait_until(lambda node=node: "#token=" in node.log, "its token")
-            (tokens[node],) = re.findall(r"#token=([\w-]+)", node.log)
-        for node, other in ((one, two), (two, one)):
-            headers = {"Authorization": f"Bearer {tokens[node]}"}
+            wait_until(lambda: "#token=" in node.log, "its token")
+            (token,) = re.findall(r"#token=([\w-]+)", node.log)
+            return str(token)
+
+        tokens = shown(one), shown(two)
+        for node, other, token in ((one, two, tokens[0]), (two, one, tokens[1])):
+            headers = {"Authorization": f"Bearer {token}"}
             assert http.get(f"{node.url}/clients", headers=headers).status_code == 200
             assert http.get(f"{other.url}/clients", headers=headers).status_code == 401
 
