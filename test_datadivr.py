@@ -99,7 +99,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.extensions.permessage_deflate import ClientPerMessageDeflateFactory
 from websockets.sync.client import ClientConnection
 from websockets.sync.client import connect as dial
-from websockets.typing import Origin
+from websockets.typing import Origin, Subprotocol
 
 import datadivr
 from datadivr import HandlerType, WebSocketMessage
@@ -3718,6 +3718,38 @@ def test_a_gauge_counts_the_rooms_that_have_members_here(connect: Connect, live:
     assert re.findall(r"^datadivr_rooms.*$", text, re.MULTILINE) == ["datadivr_rooms 0.0"]
 
 
+@promise("If it does not, the import of `datadivr.py` fails, and so does the start.")
+def test_a_folder_of_metrics_that_is_not_there_stops_the_import(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "import datadivr"],
+        env=environment(PROMETHEUS_MULTIPROC_DIR=str(tmp_path / "none")),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert "FileNotFoundError" in done.stderr
+
+
+@promise(
+    "Counters go on from where they were. Empty the folder before a start, if they shall begin at"
+    " 0."
+)
+def test_counters_go_on_after_a_start_unless_their_folder_is_emptied(tmp_path: Path) -> None:
+    counted = []
+    for begin in ("new", "kept", "emptied"):
+        if begin == "emptied":
+            for file in tmp_path.iterdir():
+                file.unlink()
+        command = ["-m", "uvicorn", "datadivr:app", "--port", "{port}"]
+        with Process(*command, PROMETHEUS_MULTIPROC_DIR=str(tmp_path)) as process:
+            process.wait_until_up()
+            with dial(process.ws) as client:
+                id_of(client)
+            counted.append(metrics(process)["connections_total"])
+            process.stop()
+    assert counted == [1, 2, 1]
+
+
 # ---- Frames: `pytest -m frames` ------------------------------------------------------------------
 
 
@@ -4301,6 +4333,31 @@ def test_no_data_follows_a_close_frame_of_a_handlers(
         client.sendall(b"\x88\x82" + bytes(4) + struct.pack("!H", 4000))
         frames = list(unframe(read_to_the_end(client)))
     assert frames == [(0x88, struct.pack("!H", 4000) + b"bye")]
+
+
+@promise(
+    "full speed needs uvicorn's own WebSocket protocol, of 0.50 or later, and nothing that wraps"
+    " `receive`"
+)
+def test_behind_a_wrapper_messages_go_both_ways_and_the_log_says_what_it_costs(
+    left: None, records: Records
+) -> None:
+    with (
+        Live(WrappedReceive(datadivr.app)) as live,
+        dial(live.ws) as one,
+        dial(live.ws) as two,
+    ):
+        ids = id_of(one), id_of(two)
+        for sender, own, reader, other in ((one, ids[0], two, ids[1]), (two, ids[1], one, ids[0])):
+            say(sender, "m", payload=own, to=other)
+            assert hear(reader) == message_from(own, "m", other, payload=own)
+        assert len(records.named("fanout_through_asgi")) == 1
+
+
+@promise("full speed needs uvicorn's own WebSocket protocol, of 0.50 or later")
+def test_this_uvicorn_is_served_at_full_speed() -> None:
+    version = tuple(map(int, uvicorn.__version__.split(".")[:2]))
+    assert (version >= (0, 50)) == IS_SANSIO
 
 
 # ---- Clients: `pytest -m clients` ----------------------------------------------------------------
@@ -6298,6 +6355,30 @@ def test_whoever_goes_leaves_all_rooms(connect: Connect, server: Process) -> Non
         assert [client["id"] for client in listed["clients"]] == expected
 
 
+@promise(
+    'An endpoint of your own may `await datadivr.handle_connection(websocket, subprotocol="json")`.'
+    " It accepts the client without asking who it is."
+)
+def test_an_endpoint_of_ones_own_answers_a_subprotocol_and_asks_for_no_token(
+    left: None, configure: Callable[..., None]
+) -> None:
+    configure(client_token="of-clients")
+    host = fastapi.FastAPI()
+    host.include_router(datadivr.router)
+
+    @host.websocket("/mine")
+    async def mine(websocket: fastapi.WebSocket) -> None:
+        await datadivr.handle_connection(websocket, subprotocol="json")
+
+    with Live(host) as live:
+        with pytest.raises(InvalidStatus):
+            dial(live.ws)
+        url = live.ws.replace("/ws", "/mine")
+        with dial(url, subprotocols=[Subprotocol("xml"), Subprotocol("json")]) as client:
+            assert client.subprotocol == "json"
+            assert id_of(client)
+
+
 # ---- The admin API: `pytest -m admin` ------------------------------------------------------------
 
 
@@ -6431,14 +6512,27 @@ def test_a_client_is_disconnected_while_its_handler_runs(connect: Connect, serve
 def test_a_stalled_client_is_disconnected_without_waiting_for_it(
     ws: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(datadivr, "_CLOSE_SECONDS", 2)
+    monkeypatch.setattr(datadivr, "_CLOSE_SECONDS", 60)
     with Live(ws=ws) as live, raw_client(live, buffer=4096) as stalled:
         client_id = own_id(stalled)
         stall(live, client_id)
-        with within(1):
-            url = "/clients"
-            assert live.api.delete(f"{url}/{client_id}").status_code == 204
-            assert live.api.get(url).json()["total"] == 0
+        with within(2):
+            assert live.api.delete(f"/clients/{client_id}").status_code == 204
+            assert live.api.get("/clients").json()["total"] == 0
+        assert live.server.server_state.connections
+        stalled.close()
+        wait_until(lambda: not live.server.server_state.connections, "its socket's end")
+
+
+@pytest.mark.parametrize("ws", ["auto", "wsproto"])
+def test_a_disconnected_client_that_stays_stalled_is_cut_off(
+    ws: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datadivr, "_CLOSE_SECONDS", 0.5)
+    with Live(ws=ws) as live, raw_client(live, buffer=4096) as stalled:
+        client_id = own_id(stalled)
+        stall(live, client_id)
+        assert live.api.delete(f"/clients/{client_id}").status_code == 204
         wait_until(lambda: not live.server.server_state.connections, "its socket's end")
 
 
@@ -6890,6 +6984,25 @@ def test_an_id_is_the_same_in_whatever_case_it_is_written(
     assert close_code(client) in (1008, 1006)  # granian loses the close frame
 
 
+@promise(
+    "`host.dependency_overrides[datadivr.authorize_admin]` takes your own log-in in place of the"
+    " token."
+)
+def test_a_hosts_own_log_in_decides_who_is_an_administrator() -> None:
+    async def log_in(session: Annotated[str, fastapi.Cookie()] = "") -> None:
+        if session != "of-the-chief":
+            raise fastapi.HTTPException(403, "Not you.")
+
+    host = fastapi.FastAPI()
+    host.include_router(datadivr.router)
+    host.dependency_overrides[datadivr.authorize_admin] = log_in
+    with TestClient(host, headers={"Cookie": "session=of-the-chief"}) as chief:
+        assert chief.get("/clients").status_code == 200
+    with TestClient(host, headers=ADMIN) as other:
+        assert other.get("/clients").status_code == 403
+        assert other.post("/messages", json={"event_name": "m"}).status_code == 403
+
+
 # ---- The application: `pytest -m application` ----------------------------------------------------
 
 
@@ -7105,6 +7218,81 @@ def test_an_override_of_an_application_that_does_not_serve_is_named_once(
         datadivr.app.dependency_overrides.clear()
     told = [fields["serving"] for fields in records.named("override_not_used")]
     assert [str(serving) in str(name) for name in told] == [True] * (serving is not None)
+
+
+@promise("| Set `dependency_overrides` on | `host` | `datadivr.app` |")
+@promise("**Overrides** belong on the application that serves the clients.")
+@promise("and clients come in as if you had none")
+@needs_refusals
+@pytest.mark.parametrize(
+    ("make", "overridden", "holds"),
+    [
+        (included, "the host's", True),
+        (included, "datadivr's", False),
+        (mounting, "the host's", False),
+        (mounting, "datadivr's", True),
+    ],
+)
+def test_an_override_refuses_where_its_application_serves_and_nowhere_else(
+    make: Callable[[], fastapi.FastAPI], overridden: str, holds: bool
+) -> None:
+    async def refuse() -> None:
+        raise fastapi.HTTPException(403, "Not you.")
+
+    host = make()
+    app = host if overridden == "the host's" else datadivr.app
+    app.dependency_overrides[datadivr.authorize_client] = refuse
+    status = None
+    try:
+        with TestClient(host) as client, client.websocket_connect("/ws") as session:
+            session.send_json({"event_name": "whoami"})
+            assert session.receive_json()["event_name"] == "whoami"
+    except WebSocketDenialResponse as denied:
+        status = denied.status_code
+    finally:
+        datadivr.app.dependency_overrides.clear()
+    assert status == (403 if holds else None)
+
+
+@promise("has an ERROR for each refused client: leave it out of your alerts | does not |")
+@promise("uvicorn logs an ERROR for each client that is refused.")
+@needs_refusals
+@pytest.mark.parametrize(("make", "errors"), [(included, 2), (mounting, 0)])
+def test_uvicorn_logs_an_error_for_each_refused_client_of_an_included_router_alone(
+    make: Callable[[], fastapi.FastAPI],
+    errors: int,
+    configure: Callable[..., None],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    configure(client_token="of-clients")
+    with Live(make()) as live:
+        for _ in range(2):
+            with pytest.raises(InvalidStatus):
+                dial(live.ws)
+    told = [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert [record.name for record in told] == ["uvicorn.error"] * errors
+
+
+@promise("`importlib.reload` while it runs forgets clients and handlers.")
+def test_a_reload_while_it_runs_forgets_clients_and_handlers(tmp_path: Path) -> None:
+    script = """
+        import datadivr, importlib
+        from fastapi.testclient import TestClient
+
+        @datadivr.websocket_handler("mine")
+        async def mine(message):
+            return None
+
+        with TestClient(datadivr.app) as api, api.websocket_connect("/ws") as client:
+            client.send_json({"event_name": "whoami"})
+            client.receive_json()
+            print(len(datadivr.clients), "mine" in datadivr.get_handlers())
+            importlib.reload(datadivr)
+            print(len(datadivr.clients), "mine" in datadivr.get_handlers())
+    """
+    ((status, output),) = run_each([(script, {})], tmp_path / "out")
+    assert status == 0, output
+    assert re.findall(r"^\d (?:True|False)$", output, re.MULTILINE) == ["1 True", "0 False"]
 
 
 # ---- Cluster: `pytest -m cluster` ----------------------------------------------------------------
@@ -8491,6 +8679,49 @@ def test_three_nodes_share_rooms_questions_and_lists(pair: Pair, cluster: Cluste
         assert {client["id"] for client in page["clients"]} == set(ids[:2])
 
 
+@promise("a Redis user with no more than `+@pubsub +@connection +info &datadivr:*`")
+def test_the_rights_that_the_readme_gives_a_redis_user_are_enough() -> None:
+    (rights,) = re.findall(r"user with no more than `(.*?)`", README)
+    with RedisServer() as server:
+        rules = "ACL", "SETUSER", "low", "reset", "on", ">word", *rights.split()
+        server.client.execute_command(*rules)  # type: ignore[no-untyped-call]
+        url = server.url.replace("//", "//low:word@")
+        with Node(url) as one, Node(url) as two:
+            wait_until(lambda: one.joined and two.joined, "the nodes to join")
+            with dial_node(one) as here, dial_node(two) as there:
+                ids = {id_of(here), id_of(there)}
+                say(here, "m", to="others")
+                assert hear(there)["event_name"] == "m"
+                for node in (one, two):
+                    page = node.api.get("/clients").json()
+                    assert {client["id"] for client in page["clients"]} == ids
+                    assert page["partial"] is False
+            assert one.redis_errors + two.redis_errors == 0
+
+
+@promise(
+    "Otherwise each process makes up a token of its own, with Redis or without, and a request gets"
+    " 401 from any process but one."
+)
+def test_the_token_that_a_process_makes_up_is_no_other_processs() -> None:
+    command = ["-u", "DATADIVR_ADMIN_TOKEN", sys.executable, "-m", "uvicorn", "datadivr:app"]
+    command += ["--port", "{port}"]
+    env = find("env")
+    with Process(*command, program=env) as one, Process(*command, program=env) as two:
+
+        def shown(node: Process) -> str:
+            node.wait_until_up()
+            wait_until(lambda: "#token=" in node.log, "its token")
+            (token,) = re.findall(r"#token=([\w-]+)", node.log)
+            return str(token)
+
+        tokens = shown(one), shown(two)
+        for node, other, token in ((one, two, tokens[0]), (two, one, tokens[1])):
+            headers = {"Authorization": f"Bearer {token}"}
+            assert http.get(f"{node.url}/clients", headers=headers).status_code == 200
+            assert http.get(f"{other.url}/clients", headers=headers).status_code == 401
+
+
 # ---- Running it: `pytest -m running` -------------------------------------------------------------
 
 
@@ -8615,6 +8846,62 @@ def test_sigterm_closes_every_client_and_ends_in_time_with_stalled_ones_connecte
     assert codes == [1012] * 20
     assert status == -signal.SIGTERM
     assert "Traceback" not in process.log
+
+
+@promise(
+    "serve on 127.0.0.1:8765, or on `--host` and `--port`. They take 5 s at most for the stop."
+)
+@pytest.mark.parametrize(
+    ("options", "host", "port"),
+    [("", "127.0.0.1", 8765), ("--host 0.0.0.0 --port 9000", "0.0.0.0", 9000)],
+)
+def test_main_serves_this_machine_alone_unless_it_is_told_otherwise(
+    monkeypatch: pytest.MonkeyPatch, options: str, host: str, port: int
+) -> None:
+    told: Json = {}
+    monkeypatch.setattr(uvicorn, "run", lambda app, **given: told.update(given, app=app))
+    monkeypatch.setattr(sys, "argv", ["datadivr", *options.split()])
+    datadivr.main()
+    assert told == {
+        "app": datadivr.app,
+        "host": host,
+        "port": port,
+        "workers": 1,
+        "ws_max_size": datadivr._settings().max_message_bytes,
+        "timeout_graceful_shutdown": 5,
+    }
+
+
+WORK = """
+    import asyncio
+    from pathlib import Path
+
+    from datadivr import WebSocketMessage, app, websocket_handler
+
+    @websocket_handler("work")
+    async def work(message: WebSocketMessage[int]) -> None:
+        Path("begun").touch()
+        await asyncio.sleep(message.payload)
+        Path("done").touch()
+"""
+
+
+@promise("uvicorn waits for handlers, up to its `--timeout-graceful-shutdown`")
+@pytest.mark.parametrize(("seconds", "limit"), [(1, 5), (30, 1)])
+def test_the_stop_waits_for_a_handler_up_to_the_limit(
+    tmp_path: Path, seconds: int, limit: int
+) -> None:
+    (tmp_path / "application.py").write_text(textwrap.dedent(WORK))
+    options = [*SERVERS["uvicorn"], "--timeout-graceful-shutdown", str(limit)]
+    with Process(*options, cwd=tmp_path) as process:
+        process.wait_until_up()
+        with dial(process.ws) as client:
+            say(client, "work", payload=seconds)
+            wait_until((tmp_path / "begun").exists, "the handler to begin")
+            start = time.monotonic()
+            process.stop()
+            assert time.monotonic() - start < 5
+    assert (tmp_path / "done").exists() == (seconds < limit)
 
 
 # ---- The browser's client: `pytest -m client` ----------------------------------------------------
@@ -11435,6 +11722,78 @@ def test_a_lobby_of_tables_works_on_two_nodes(
         expect(log.last).to_have_text("closed: Disconnected by an administrator")
         page_of = nodes[0].api.get("/clients", params={"room": "lobby"}).json()
         assert sorted(client["user"] for client in page_of["clients"]) == ["Bob", "Cyd", "Mo"]
+
+
+@promise("so that numbers rise when the server starts again")
+def test_the_numbers_of_the_readmes_news_rise_when_the_server_starts_again(tmp_path: Path) -> None:
+    copy_out(tmp_path, "missed")
+    script = """
+        import asyncio, logging
+        logging.disable()
+        import missed
+
+        async def publish():
+            for _ in range(3):
+                await missed.publish("news")
+                print("number", missed.kept[-1]["number"])
+
+        asyncio.run(publish())
+    """
+    output = run(script, tmp_path) + run(script, tmp_path)
+    numbers = [int(number) for number in re.findall(r"^number (\d+)$", output, re.MULTILINE)]
+    assert len(numbers) == 6
+    assert numbers == sorted(set(numbers))
+
+
+@promise(
+    "nginx passes on `/metrics`, too, under the host of your pages, which is listed. Set"
+    " `DATADIVR_METRICS_TOKEN`, or everybody can read it."
+)
+def test_everybody_can_read_the_metrics_through_the_readmes_nginx_until_a_token_is_set(
+    tmp_path: Path, configure: Callable[..., None]
+) -> None:
+    configure(allowed_origins=("https://chat.example",))
+    configuration = block("nginx", "location")
+    with (
+        Live() as server,
+        nginx(tmp_path, configuration.replace(":8000", f":{server.port}")) as proxy,
+    ):
+        proxy.wait_until_up()
+
+        def status(host: str, **headers: str) -> int:
+            url = f"{proxy.url}/metrics"
+            return int(http.get(url, headers={"Host": host, **headers}).status_code)
+
+        assert status("chat.example") == 200
+        assert status("evil.example") == 403
+        configure(metrics_token="of-prometheus")
+        assert status("chat.example") == 401
+        assert status("chat.example", Authorization="Bearer of-prometheus") == 200
+
+
+@promise("They need no sticky sessions.")
+def test_the_readmes_nginx_may_pass_each_client_and_request_to_any_node(
+    tmp_path: Path, cluster: Cluster, pair: Pair
+) -> None:
+    nodes = cluster[1:]
+    servers = " ".join(f"server 127.0.0.1:{node.port};" for node in nodes)
+    configuration = block("nginx", "location").replace("127.0.0.1:8000", "nodes")
+    configuration = f"upstream nodes {{ {servers} }}\n{configuration}"
+    with nginx(tmp_path, configuration) as proxy, contextlib.ExitStack() as stack:
+        proxy.wait_until_up()
+        clients = [stack.enter_context(dial(proxy.ws)) for _ in range(6)]
+        ids = {id_of(client) for client in clients}
+        own = {id_of(client) for client in pair}
+        found = [
+            {told["id"]: told["node"] for told in proxy.api.get("/clients").json()["clients"]}
+            for _ in range(4)
+        ]
+        assert all(set(page) == ids | own for page in found)
+        assert len({node for id_, node in found[0].items() if id_ in ids}) == 2
+        say(clients[0], "m", to="all")
+        assert {hear(client)["event_name"] for client in clients} == {"m"}
+        for client_id in ids:
+            assert proxy.api.get(f"/clients/{client_id}").status_code == 200
 
 
 # ---- Benchmarks: `pytest -m benchmark` -----------------------------------------------------------
