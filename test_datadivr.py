@@ -1714,6 +1714,7 @@ def test_a_handler_that_holds_up_the_loop_is_named_once_with_the_seconds(
     wait_until(lambda: records.named("loop_blocked"), "the warning")
     ((told),) = records.named("loop_blocked")
     assert 1.5 < told["seconds"] < 6
+    assert told["seconds"] == round(told["seconds"], 1)
 
 
 @promise(
@@ -1823,6 +1824,21 @@ def test_a_handler_that_took_anothers_place_is_named_for_debug(tmp_path: Path) -
     (line,) = (line for line in told.splitlines() if "handler_replaced" in line)
     assert re.search(r"event_name='?chat\b", line)
     assert "handler_replaced" not in silent
+
+
+def test_a_control_character_is_logged_as_python_writes_it() -> None:
+    assert datadivr._escape("a\n\x1b\x85é\u2028") == r"a\n\x1b\x85é\u2028"
+
+
+@promise("The minute is counted for each event and in each process.")
+def test_a_warning_comes_again_after_a_minute_and_at_debug_between(
+    logged: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for now in (1000.0, 1059.9, 1060.0):
+        with monkeypatch.context() as patch:
+            patch.setattr(time, "monotonic", lambda now=now: now)
+            datadivr._warn("invalid_message")
+    assert [entry["log_level"] for entry in logged] == ["warning", "debug", "warning"]
 
 
 # ---- Messages: `pytest -m messages` --------------------------------------------------------------
@@ -3463,6 +3479,47 @@ def test_a_sum_of_something_else_is_logged(records: Records, connect: Connect, l
     assert logged["event_name"] == "sum_event"
 
 
+@promise(
+    "the type `CLIENT` are for your own client: the server does not run them",
+    "Those of the type `BOTH` run in both",
+)
+def test_the_server_runs_handlers_of_both_and_none_of_the_client(
+    live: Live, connect: Connect
+) -> None:
+    for kind in (HandlerType.CLIENT, HandlerType.BOTH):
+
+        @datadivr.websocket_handler(kind.value, kind)
+        async def answer(message: WebSocketMessage) -> WebSocketMessage:
+            return datadivr.create_message("answer", None, message.from_id)
+
+    client = connect(live)
+    assert ask(client, "both", to="all")["event_name"] == "answer"
+    assert ask(client, "client", to="all")["event_name"] == "client"
+
+
+def test_forty_plain_handlers_run_at_once_and_the_next_one_waits(
+    live: Live, connect: Connect
+) -> None:
+    running = threading.Semaphore(0)
+    go_on = threading.Event()
+
+    @datadivr.websocket_handler("block")
+    def block(message: WebSocketMessage) -> None:
+        running.release()
+        go_on.wait(LIMIT)
+
+    clients = [connect(live) for _ in range(41)]
+    try:
+        for client in clients:
+            say(client, "block")
+        for _ in range(40):
+            assert running.acquire(timeout=LIMIT)
+        assert not running.acquire(timeout=0.3)
+    finally:
+        go_on.set()
+    assert running.acquire(timeout=LIMIT)
+
+
 # ---- Metrics: `pytest -m metrics` ----------------------------------------------------------------
 
 
@@ -3821,6 +3878,14 @@ def test_a_compressed_frame_needs_nothing_of_what_came_before_it(
 )
 def test_a_message_is_compressed_from_the_shortest_length_on(length: int, first: int) -> None:
     assert datadivr._frame_compressed(b"x" * length)[0] == first
+
+
+def test_a_frame_is_compressed_at_the_fastest_level() -> None:
+    data = random.Random(0).randbytes(3000).hex().encode()
+    compressor = zlib.compressobj(1, wbits=-12)
+    expected = compressor.compress(data) + compressor.flush(zlib.Z_SYNC_FLUSH)
+    ((_, payload),) = unframe(datadivr._frame_compressed(data))
+    assert payload == expected[:-4]
 
 
 # ---- Connections: `pytest -m connections` --------------------------------------------------------
@@ -4387,6 +4452,25 @@ def test_behind_a_wrapper_messages_go_both_ways_and_the_log_says_what_it_costs(
 def test_this_uvicorn_is_served_at_full_speed() -> None:
     version = tuple(map(int, uvicorn.__version__.split(".")[:2]))
     assert (version >= (0, 50)) == IS_SANSIO
+
+
+@needs_sansio
+def test_a_message_is_compressed_once_for_all_clients(
+    live: Live, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clients = [connect(live) for _ in range(3)]
+    assert all(id_of(client) for client in clients)
+    compressed: list[int] = []
+
+    def count(*args: Any, **options: Any) -> Any:
+        compressed.append(1)
+        return zlib.compressobj(*args, **options)
+
+    fake = types.SimpleNamespace(**{**vars(zlib), "compressobj": count})
+    monkeypatch.setattr(datadivr, "zlib", fake)
+    live.api.post("/messages", json={"event_name": "news", "payload": "x" * 6000})
+    assert [hear(client)["payload"] for client in clients] == ["x" * 6000] * 3
+    assert len(compressed) == 1
 
 
 # ---- Clients: `pytest -m clients` ----------------------------------------------------------------
@@ -5603,6 +5687,13 @@ def test_ids_compare_without_case(connect: Connect, server: Process) -> None:
         receiver.recv(timeout=LIMIT)
 
 
+def test_a_hub_that_moves_to_another_loop_leaves_its_rooms_behind(loop: FakeLoop) -> None:
+    datadivr._hub.join_room(fake_client(FakeConnection()), "garden")
+    loop.is_closed = lambda: True  # type: ignore[method-assign]
+    with TestClient(datadivr.app) as client, client.websocket_connect("/ws"):
+        assert datadivr._hub.rooms == {}
+
+
 # ---- The WebSocket endpoint: `pytest -m endpoint` ------------------------------------------------
 
 
@@ -6433,6 +6524,78 @@ def test_an_endpoint_of_ones_own_answers_a_subprotocol_and_asks_for_no_token(
             assert id_of(client)
 
 
+@pytest.mark.parametrize("more", [0, 1])
+@pytest.mark.parametrize("letter", ["x", "é", "😀"])
+@promise("longest message; a longer one closes its connection with 1009")
+def test_a_message_may_have_as_many_bytes_as_the_limit_and_none_more(
+    live: Live, connect: Connect, configure: Callable[..., None], letter: str, more: int
+) -> None:
+    configure(max_message_bytes=400)
+
+    @datadivr.websocket_handler("m")
+    async def answer(message: WebSocketMessage) -> WebSocketMessage:
+        return datadivr.create_message("heard", message.payload, message.from_id)
+
+    client = connect(live)
+    head, end = '{"event_name": "m", "to": "all", "payload": "', '"}'
+    room = 400 + more - len(head) - len(end)
+    fill, rest = divmod(room, len(letter.encode()))
+    client.send(head + letter * fill + "x" * rest + end)
+    if more:
+        assert close_code(client) == 1009
+    else:
+        assert hear(client)["payload"] == letter * fill + "x" * rest
+
+
+@pytest.mark.parametrize("origin", ["null", "file://"])
+def test_an_origin_without_a_host_is_let_in_where_it_is_listed(
+    live: Live, connect: Connect, configure: Callable[..., None], origin: str
+) -> None:
+    with pytest.raises(InvalidStatus) as caught:
+        connect(live, origin=Origin(origin))
+    assert caught.value.response.status_code == 403
+    configure(allowed_origins=(origin,))
+    assert id_of(connect(live, origin=Origin(origin)))
+
+
+@pytest.mark.parametrize(
+    ("code", "settings", "headers", "sent"),
+    [
+        ("invalid_message", {}, {}, {}),
+        ("invalid_payload", {}, {}, {"event_name": "sum_event"}),
+        ("not_in_room", {}, {}, {"event_name": "m", "to": "#garden"}),
+        ("unknown_recipient", {}, {}, {"event_name": "m", "to": "nobody"}),
+        ("origin_refused", {}, {"Origin": "http://elsewhere.example"}, None),
+        ("unauthorized", {"client_token": "let-me-in"}, {}, None),
+        ("too_many_clients", {"max_clients": 1}, {}, None),
+    ],
+)
+def test_each_fault_of_a_client_is_counted_and_logged_once(
+    live: Live,
+    connect: Connect,
+    configure: Callable[..., None],
+    records: Records,
+    code: str,
+    settings: Json,
+    headers: dict[str, str],
+    sent: Json | None,
+) -> None:
+    client = connect(live)
+    counted = metrics(live)
+    configure(**settings)
+    if sent is None:
+        with pytest.raises(InvalidStatus):
+            connect(live, additional_headers=headers)
+    else:
+        client.send(json.dumps(sent))
+        assert hear(client)["payload"]["code"] == code
+    now = metrics(live)
+    errors = {name for name in now if name.startswith("errors_total") and now[name] > counted[name]}
+    assert errors == {f'errors_total{{type="{code}"}}'}
+    assert now[errors.pop()] == counted[f'errors_total{{type="{code}"}}'] + 1
+    assert len(records.named(code)) == 1
+
+
 # ---- The admin API: `pytest -m admin` ------------------------------------------------------------
 
 
@@ -7061,6 +7224,50 @@ def test_a_hosts_own_log_in_decides_who_is_an_administrator() -> None:
     with TestClient(host, headers=ADMIN) as other:
         assert other.get("/clients").status_code == 403
         assert other.post("/messages", json={"event_name": "m"}).status_code == 403
+
+
+@pytest.mark.parametrize("path", ["/clients", "/metrics"])
+@promise("`admin_unauthorized` (or a wrong metrics token)")
+def test_a_wrong_token_is_counted_once(
+    live: Live, configure: Callable[..., None], path: str
+) -> None:
+    configure(metrics_token="numbers")
+    count = datadivr._errors_total.labels("admin_unauthorized")
+    before = count._value.get()
+    headers = {"Authorization": "Bearer wrong"}
+    assert http.get(f"{live.url}{path}", headers=headers).status_code == 401
+    assert count._value.get() == before + 1
+
+
+def test_an_announcement_runs_no_handler(live: Live, connect: Connect) -> None:
+    called: list[WebSocketMessage] = []
+
+    @datadivr.websocket_handler("news")
+    async def news(message: WebSocketMessage) -> None:
+        called.append(message)
+
+    client = connect(live)
+    assert id_of(client)
+    live.api.post("/messages", json={"event_name": "news"})
+    assert hear(client)["event_name"] == "news"
+    assert called == []
+
+
+def test_a_page_of_the_list_has_100_clients_unless_its_limit_says_otherwise(
+    live: Live, connect: Connect
+) -> None:
+    for _ in range(101):
+        connect(live)
+    page = live.api.get("/clients").json()
+    assert (page["total"], len(page["clients"])) == (101, 100)
+    rest = live.api.get("/clients", params={"after": page["next"]}).json()
+    assert (len(rest["clients"]), rest["next"]) == (1, None)
+
+
+def test_a_client_is_disconnected_from_python(live: Live, connect: Connect) -> None:
+    client = connect(live)
+    run_in_thread(datadivr.disconnect_client(id_of(client)))
+    assert close_code(client) == 1008
 
 
 # ---- The application: `pytest -m application` ----------------------------------------------------
@@ -8143,6 +8350,7 @@ def test_calls_from_another_loop_leave_one_subscription(cluster: Cluster) -> Non
     wait_until(lambda: not one.ids() | two.ids(), "the last test's clients to go")
     for _ in range(3):
         assert one.api.post("/tell_from_a_thread").json() == 0
+    assert one.ids() == set()  # the other node answers after it has dealt with these
     with dial_node(one) as here, dial_node(two) as there:
         id_of(here), id_of(there)
         say(there, "m", to="all")
