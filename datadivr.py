@@ -2186,9 +2186,9 @@ async def _answer_refusal(connection: Any, error: Any) -> Any:
 class App(FastAPI):
     """A FastAPI application that serves clients of `/ws` without FastAPI's own stack.
 
-    An idle client then takes 20 KB, where an included router takes 35. If the host adds something that a client passes
-    through, FastAPI's stack serves. A wrapper of the whole application sees clients in both cases,
-    but their messages only if it wraps `receive`.
+    An idle client then takes 20 KB, where an included router takes 35. If the host adds something
+    that a client passes through, FastAPI's stack serves. A wrapper of the whole application sees
+    clients in both cases, but their messages only if it wraps `receive`.
     """
 
     def build_middleware_stack(self) -> ASGIApp:
