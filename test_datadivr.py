@@ -300,6 +300,11 @@ class Live(Served):
         wait_until(lambda: self.server.started or not self.thread.is_alive(), "uvicorn to start")
         self.port = self.server.servers[0].sockets[0].getsockname()[1]
 
+    @property
+    def connections(self) -> set[Any]:
+        """Return the sockets that uvicorn has open."""
+        return self.server.server_state.connections
+
     def __enter__(self) -> "Live":
         return self
 
@@ -339,7 +344,7 @@ def make_certificate(folder: Path) -> None:
     """Make key.pem and certificate.pem, for localhost."""
     subject = ["-subj", "/CN=localhost", "-keyout", "key.pem", "-out", "certificate.pem"]
     command = [find("openssl"), "req", "-x509", "-newkey", "rsa:2048", "-nodes", *subject]
-    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    output_of(*command, cwd=folder)
 
 
 def say(client: ClientConnection, event_name: str, **fields: Any) -> None:
@@ -364,8 +369,16 @@ def ask(client: ClientConnection, event_name: str, **fields: Any) -> Json:
     return hear(client)
 
 
-def id_of(client: ClientConnection) -> str:
-    return str(ask(client, "whoami")["payload"])
+def id_of(client: ClientConnection | socket.socket) -> str:
+    """Ask a client for its id; it has heard all that came before."""
+    if isinstance(client, ClientConnection):
+        return str(ask(client, "whoami")["payload"])
+    client.sendall(masked('{"event_name": "whoami"}'))
+    heard = b""
+    while b"}" not in heard:
+        heard += client.recv(4096)
+    ((_, payload),) = unframe(heard)
+    return str(json.loads(payload)["payload"])
 
 
 def error(client_id: str, code: str, text: str, **known: Any) -> Json:
@@ -463,6 +476,15 @@ def metrics(server: Served) -> dict[str, float]:
     text = http.get(f"{server.url}/metrics").text
     lines = re.findall(r"^datadivr_(?!\S*(?:_created|_bucket))(\S+) (\S+)$", text, re.MULTILINE)
     return {name: float(value) for name, value in lines}
+
+
+def pages(api: httpx.Client, limit: int) -> Iterator[Json]:
+    """Ask for the clients, page after page."""
+    after: str | None = ""
+    while after is not None:
+        page = api.get("/clients", params={"limit": limit, "after": after}).json()
+        yield page
+        after = page["next"]
 
 
 def total(server: Served) -> int:
@@ -790,16 +812,6 @@ def stall(server: Served, client_id: str) -> None:
     raise AssertionError("the client reads")
 
 
-def own_id(client: socket.socket) -> str:
-    """Ask for the id of a raw client."""
-    client.sendall(masked('{"event_name": "whoami"}'))
-    heard = b""
-    while b"}" not in heard:
-        heard += client.recv(4096)
-    ((_, payload),) = unframe(heard)
-    return str(json.loads(payload)["payload"])
-
-
 def reasons() -> dict[str, float]:
     """Return how many clients of this process went for which reason, without the zeros."""
     samples = [
@@ -908,16 +920,26 @@ def loop(monkeypatch: pytest.MonkeyPatch, logged: list[Any]) -> Iterator[FakeLoo
         datadivr._hub.remove(client, "client")
 
 
-def run(script: str, cwd: Path) -> str:
+def output_of(
+    *command: str, cwd: Path = ROOT, typed: str = "", status: int = 0, **variables: str
+) -> str:
+    """Run a command, which is to end with this status; return its output, or errors if it fails."""
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)],
+        command,
         cwd=cwd,
-        env=environment(),
+        env=environment(**variables),
+        input=typed,
         capture_output=True,
         text=True,
+        timeout=6 * LIMIT,
     )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stderr if status else done.stdout
+
+
+def run(script: str, **options: Any) -> str:
+    """Run a script in a new process, as `output_of` does."""
+    return output_of(sys.executable, "-c", textwrap.dedent(script), **options)
 
 
 # Runs scripts in forks of a process that has imported already what takes most of a start.
@@ -943,17 +965,9 @@ def run_each(
 ) -> list[tuple[int, str]]:
     """Run scripts, each in a process and with variables of its own: their statuses and output."""
     folder.mkdir()
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(FORKS), str(folder)],
-        cwd=cwd,
-        env=environment(),
-        input=json.dumps([(textwrap.dedent(script), values) for script, values in scripts]),
-        capture_output=True,
-        text=True,
-        timeout=6 * LIMIT,
-    )
-    assert done.returncode == 0, done.stderr
-    statuses = map(int, done.stdout.split())
+    typed = json.dumps([(textwrap.dedent(script), values) for script, values in scripts])
+    command = [sys.executable, "-c", textwrap.dedent(FORKS), str(folder)]
+    statuses = map(int, output_of(*command, cwd=cwd, typed=typed).split())
     return [(status, (folder / str(n)).read_text()) for n, status in enumerate(statuses)]
 
 
@@ -1041,10 +1055,7 @@ def test_a_host_that_has_configured_structlog_keeps_its_configuration() -> None:
         import datadivr
         datadivr._log("info", "hello", a=1)
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)], env=environment(), capture_output=True
-    )
-    assert done.stdout == b"a=1 event='hello'\n"
+    assert run(script) == "a=1 event='hello'\n"
 
 
 @promise(
@@ -1104,7 +1115,7 @@ def test_a_log_that_cannot_be_written_disturbs_nobody(output: str) -> None:
             with socket.socket() as probe:
                 wait_until(lambda: not probe.connect_ex(("127.0.0.1", there.port)), "the server")
             with dial(there.ws, max_size=None) as client, raw_client(there, 4096) as stalled:
-                own_id(stalled)
+                id_of(stalled)
 
                 def drops() -> bool:
                     ask(client, "fill", payload="x" * 900_000, to="all")
@@ -1181,18 +1192,10 @@ def test_an_empty_token_stops_the_start(variable: str) -> None:
     ],
 )
 def test_a_variable_that_is_nearly_one_of_ours_is_named(variable: str, named: str | None) -> None:
-    log = log_of("import datadivr; datadivr._check_environment()", **{variable: "secret"})
+    log = run("import datadivr; datadivr._check_environment()", **{variable: "secret"})
     assert ("unknown_setting" in log) == (named is not None)
     assert named is None or f"is {named} meant?" in log
     assert "secret" not in log
-
-
-def log_of(script: str, **variables: str) -> str:
-    """Run a script and return its output."""
-    command = [sys.executable, "-c", textwrap.dedent(script)]
-    done = subprocess.run(command, env=environment(**variables), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_json_logs_have_uvicorns_lines_too(tmp_path: Path) -> None:
@@ -1211,7 +1214,7 @@ def test_json_logs_have_uvicorns_lines_too(tmp_path: Path) -> None:
 
 
 def test_json_is_left_to_a_host_that_configures_structlog_itself() -> None:
-    log = log_of(
+    log = run(
         """
         import asyncio, logging, structlog, uvicorn
         structlog.configure()
@@ -1237,7 +1240,7 @@ def test_a_made_up_token_is_shown_whatever_the_level(level: str) -> None:
         import datadivr
         print(datadivr._admin_token())
     """
-    shown, token = log_of(script, DATADIVR_LOG_LEVEL=level).splitlines()
+    shown, token = run(script, DATADIVR_LOG_LEVEL=level).splitlines()
     assert token in shown
 
 
@@ -3530,12 +3533,10 @@ def test_forty_plain_handlers_run_at_once_and_the_next_one_waits(
     "`message_too_big`, `server_stop`"
 )
 def test_every_series_is_there_from_the_start() -> None:
-    script = (
-        "import datadivr, prometheus_client; print(prometheus_client.generate_latest().decode())"
-    )
-    text = subprocess.run(
-        [sys.executable, "-c", script], env=environment(), capture_output=True, text=True
-    ).stdout
+    text = run("""
+        import datadivr, prometheus_client
+        print(prometheus_client.generate_latest().decode())
+    """)
     series = dict(
         re.findall(r"^datadivr_(?!\S*(?:_created|_bucket|_sum))(\S+) (\S+)$", text, re.MULTILINE)
     )
@@ -3603,7 +3604,7 @@ def test_a_client_cannot_add_a_series(connect: Connect, live: Live) -> None:
 @promise("bytes unsent to the slowest client, dropped above `DATADIVR_MAX_BUFFER_BYTES`")
 def test_the_slowest_client_is_seen_before_it_is_dropped(live: Live) -> None:
     with raw_client(live, 4096) as slow:
-        client_id = own_id(slow)
+        client_id = id_of(slow)
         stall(live, client_id)
         unsent = datadivr.clients[client_id].buffered_bytes
         assert unsent > 0
@@ -3623,7 +3624,7 @@ def test_a_second_copy_and_a_reload_share_the_series() -> None:
         seconds = datadivr._handler_seconds
         assert importlib.reload(datadivr)._handler_seconds is seconds
     """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], env=environment(), check=True)
+    run(script)
 
 
 class Scraped(Process):
@@ -3750,7 +3751,7 @@ def test_an_alert_fires_where_a_client_that_does_not_read_is_dropped(scraped: Sc
         raw_client(scraped, buffer=4096) as stalled,
         httpx.Client(base_url=scraped.url, headers=ADMIN, verify=False) as api,
     ):
-        fill = {"event_name": "fill", "payload": "x" * 900_000, "to": own_id(stalled)}
+        fill = {"event_name": "fill", "payload": "x" * 900_000, "to": id_of(stalled)}
         wait_until(lambda: api.post("/messages", json=fill).status_code == 404, "it to be dropped")
         wait_until(lambda: scraped.query(alert), "the alert")
 
@@ -3770,8 +3771,7 @@ def test_an_alert_fires_where_handlers_fail(scraped: Scraped, connect: Connect) 
 
 def test_promtool_finds_no_fault_with_the_metrics(api: httpx.Client) -> None:
     command = [find("promtool"), "check", "metrics"]
-    done = subprocess.run(command, input=api.get("/metrics").text, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert output_of(*command, typed=api.get("/metrics").text) == ""
 
 
 @pytest.mark.parametrize(
@@ -3807,14 +3807,9 @@ def test_a_gauge_counts_the_rooms_that_have_members_here(connect: Connect, live:
 
 @promise("If it does not, the import of `datadivr.py` fails, and so does the start.")
 def test_a_folder_of_metrics_that_is_not_there_stops_the_import(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", "import datadivr"],
-        env=environment(PROMETHEUS_MULTIPROC_DIR=str(tmp_path / "none")),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 1
-    assert "FileNotFoundError" in done.stderr
+    folder = str(tmp_path / "none")
+    errors = run("import datadivr", status=1, PROMETHEUS_MULTIPROC_DIR=folder)
+    assert "FileNotFoundError" in errors
 
 
 @promise(
@@ -3926,7 +3921,7 @@ def test_a_stop_after_a_stalled_clients_own_close_is_clean(
 ) -> None:
     with contextlib.ExitStack() as afterwards, Live() as live:
         stalled = afterwards.enter_context(raw_client(live, buffer=4096))
-        stall(live, own_id(stalled))
+        stall(live, id_of(stalled))
         stalled.sendall(b"\x88\x80\0\0\0\0")
         wait_until(lambda: not datadivr.clients, "its end")
     assert "InvalidState" not in caplog.text
@@ -4104,19 +4099,6 @@ def test_a_client_whose_window_is_too_small_gets_plain_frames(
     wait_until(lambda: not datadivr.clients, "its end")
 
 
-@needs_sansio
-def test_compression_switched_off_leaves_the_connections_own_alone(
-    live: Live, configure: Callable[..., None], connect: Connect
-) -> None:
-    configure(compress_min_bytes=0)
-    assert ask(connect(live), "x", to="all", payload="x" * 5000)["payload"] == "x" * 5000
-    (client,) = datadivr.clients.values()
-    connection: Any = client.connection
-    (extension,) = connection._protocol.conn.extensions
-    assert hasattr(extension, "encoder")
-    assert connection.framing is datadivr._frame
-
-
 # A ping of 125 bytes, with a mask of zeroes.
 PING = b"\x89\xfd" + bytes(4) + bytes(125)
 
@@ -4149,27 +4131,6 @@ def test_a_client_that_pings_and_does_not_read_is_dropped(
         assert high_water(process) - before < 96 * 1024 * 1024
 
 
-@needs_sansio
-def test_reading_that_uvicorn_has_paused_is_not_resumed(live: Live, registry: None) -> None:
-    go_on = threading.Event()
-
-    @datadivr.websocket_handler("wait")
-    def wait(message: WebSocketMessage) -> None:
-        go_on.wait(LIMIT)
-
-    with raw_client(live) as client:
-        client.sendall(masked('{"event_name": "wait"}') * 2)
-        wait_until(lambda: datadivr.clients, "the client")
-        (one,) = datadivr.clients.values()
-        protocol: Any = vars(type(one.connection))["_protocol"].__get__(one.connection)
-        wait_until(lambda: protocol.read_paused and one.messages_received == 1, "the second")
-        protocol.pause_writing()
-        protocol.resume_writing()
-        assert not protocol.transport.is_reading()
-        go_on.set()
-        wait_until(protocol.transport.is_reading, "both to be handled")
-
-
 @promise("The limit holds before a message is inflated, and for what a relayed one grows to.")
 @needs_sansio
 @pytest.mark.parametrize("fragmented", [False, True])
@@ -4195,33 +4156,11 @@ def test_a_message_that_would_inflate_over_the_limit_is_refused(
         assert high_water(process) - before < 96 * 1024 * 1024
 
 
-@pytest.mark.parametrize("name", ["conn.close_sent", "conn.send_close", "transport.write"])
-def test_a_part_of_uvicorn_that_is_not_there_costs_speed_alone(name: str) -> None:
-    owner, attribute = name.split(".")
-    parts = {"conn": ["close_sent", "close_rcvd_then_sent", "extensions", "max_message_size"]}
-    parts["conn"] += ["send_close", "data_to_send"]
-    parts["transport"] = ["is_closing", "get_write_buffer_size", "write", "abort", "close"]
-    parts["transport"] += ["pause_reading", "resume_reading", "set_write_buffer_limits"]
-    parts[owner].remove(attribute)
-    conn = types.SimpleNamespace(**dict.fromkeys(parts["conn"]))
-    transport = types.SimpleNamespace(**dict.fromkeys(parts["transport"], print))
-    protocol = types.SimpleNamespace(receive=None, conn=conn, transport=transport)
-    protocol.read_paused, protocol.writable = False, asyncio.Event()
-    protocol.close_sent = protocol.handshake_complete = protocol.shutdown = None
-    before = dict(vars(protocol)), dict(vars(conn))
-    with pytest.raises(AttributeError, match=attribute):
-        datadivr._UvicornConnection(protocol)
-    assert before == (vars(protocol), vars(conn))  # nothing is half patched
-    setattr(getattr(protocol, owner), attribute, None)
-    conn.extensions = ()
-    datadivr._UvicornConnection(protocol)
-
-
 def test_a_client_that_floods_is_gone_soon_after_it_was_disconnected(
     server: Process, connect: Connect
 ) -> None:
     flooder = raw_client(server)
-    client_id = own_id(flooder)
+    client_id = id_of(flooder)
     gone = threading.Event()
     heard = bytearray()
 
@@ -4316,47 +4255,6 @@ def test_a_fault_while_a_connection_is_set_up_costs_speed_alone(records: Records
         assert len(records.named("fanout_through_asgi")) == 1
 
 
-def uvicorns_parts() -> Any:
-    """Make what a connection needs of uvicorn, its transport and websockets."""
-    conn = ["close_sent", "close_rcvd_then_sent", "max_message_size", "send_close", "data_to_send"]
-    transport = [name for name in dir(asyncio.Transport) if not name.startswith("_")]
-    return types.SimpleNamespace(
-        receive=None,
-        read_paused=False,
-        writable=asyncio.Event(),
-        close_sent=False,
-        shutdown=None,
-        handshake_complete=True,
-        conn=types.SimpleNamespace(**dict.fromkeys(conn), extensions=()),
-        transport=types.SimpleNamespace(**dict.fromkeys(transport, print)),
-    )
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["conn.close_sent", "conn.close_rcvd_then_sent", "conn.send_close", "transport.abort"],
-)
-def test_what_is_missing_is_missed_before_anything_is_changed(name: str) -> None:
-    protocol = uvicorns_parts()
-    owner, attribute = name.split(".")
-    delattr(getattr(protocol, owner), attribute)
-    limits: list[int] = []
-    protocol.transport.set_write_buffer_limits = lambda *given: limits.extend(given)
-    before = set(vars(protocol))
-    with pytest.raises(AttributeError, match=attribute):
-        datadivr._UvicornConnection(protocol)
-    assert set(vars(protocol)) == before
-    assert limits == []
-
-
-def test_older_websockets_name_the_limit_otherwise() -> None:
-    protocol = uvicorns_parts()
-    del protocol.conn.max_message_size
-    protocol.conn.max_size = 1 << 24  # as of websockets 13 to 15
-    datadivr._UvicornConnection(protocol)
-    assert protocol.conn.max_size == 1 << 20
-
-
 def test_uvicorns_legacy_protocol_drops_a_client_that_does_not_read_without_a_traceback(
     tmp_path: Path,
 ) -> None:
@@ -4365,7 +4263,7 @@ def test_uvicorns_legacy_protocol_drops_a_client_that_does_not_read_without_a_tr
     with Process(*command, cwd=tmp_path, DATADIVR_MAX_BUFFER_BYTES="1000000") as process:
         process.wait_until_up()
         with raw_client(process, buffer=4096) as stalled:
-            own_id(stalled)
+            id_of(stalled)
             fill = {"event_name": "fill", "payload": "x" * 900_000}
 
             def drops() -> bool:
@@ -4416,7 +4314,7 @@ def test_no_data_follows_a_close_frame_of_a_handlers(
 
     talker = connect(live)
     with raw_client(live) as client:  # which does not answer the close frame yet
-        client_id = own_id(client)
+        client_id = id_of(client)
         closing = json.dumps({"event_name": "close", "payload": client_id})
         if whose == "its own":
             client.sendall(masked(closing))
@@ -4475,6 +4373,106 @@ def test_a_message_is_compressed_once_for_all_clients(
     live.api.post("/messages", json={"event_name": "news", "payload": "x" * 6000})
     assert [hear(client)["payload"] for client in clients] == ["x" * 6000] * 3
     assert len(compressed) == 1
+
+
+# Here alone, tests look at private parts of uvicorn and websockets, as the module's adapter does.
+
+
+@needs_sansio
+def test_compression_switched_off_leaves_the_connections_own_alone(
+    live: Live, configure: Callable[..., None], connect: Connect
+) -> None:
+    configure(compress_min_bytes=0)
+    assert ask(connect(live), "x", to="all", payload="x" * 5000)["payload"] == "x" * 5000
+    (client,) = datadivr.clients.values()
+    connection: Any = client.connection
+    (extension,) = connection._protocol.conn.extensions
+    assert hasattr(extension, "encoder")
+    assert connection.framing is datadivr._frame
+
+
+@needs_sansio
+def test_reading_that_uvicorn_has_paused_is_not_resumed(live: Live, registry: None) -> None:
+    go_on = threading.Event()
+
+    @datadivr.websocket_handler("wait")
+    def wait(message: WebSocketMessage) -> None:
+        go_on.wait(LIMIT)
+
+    with raw_client(live) as client:
+        client.sendall(masked('{"event_name": "wait"}') * 2)
+        wait_until(lambda: datadivr.clients, "the client")
+        (one,) = datadivr.clients.values()
+        protocol: Any = vars(type(one.connection))["_protocol"].__get__(one.connection)
+        wait_until(lambda: protocol.read_paused and one.messages_received == 1, "the second")
+        protocol.pause_writing()
+        protocol.resume_writing()
+        assert not protocol.transport.is_reading()
+        go_on.set()
+        wait_until(protocol.transport.is_reading, "both to be handled")
+
+
+@pytest.mark.parametrize("name", ["conn.close_sent", "conn.send_close", "transport.write"])
+def test_a_part_of_uvicorn_that_is_not_there_costs_speed_alone(name: str) -> None:
+    owner, attribute = name.split(".")
+    parts = {"conn": ["close_sent", "close_rcvd_then_sent", "extensions", "max_message_size"]}
+    parts["conn"] += ["send_close", "data_to_send"]
+    parts["transport"] = ["is_closing", "get_write_buffer_size", "write", "abort", "close"]
+    parts["transport"] += ["pause_reading", "resume_reading", "set_write_buffer_limits"]
+    parts[owner].remove(attribute)
+    conn = types.SimpleNamespace(**dict.fromkeys(parts["conn"]))
+    transport = types.SimpleNamespace(**dict.fromkeys(parts["transport"], print))
+    protocol = types.SimpleNamespace(receive=None, conn=conn, transport=transport)
+    protocol.read_paused, protocol.writable = False, asyncio.Event()
+    protocol.close_sent = protocol.handshake_complete = protocol.shutdown = None
+    before = dict(vars(protocol)), dict(vars(conn))
+    with pytest.raises(AttributeError, match=attribute):
+        datadivr._UvicornConnection(protocol)
+    assert before == (vars(protocol), vars(conn))  # nothing is half patched
+    setattr(getattr(protocol, owner), attribute, None)
+    conn.extensions = ()
+    datadivr._UvicornConnection(protocol)
+
+
+def uvicorns_parts() -> Any:
+    """Make what a connection needs of uvicorn, its transport and websockets."""
+    conn = ["close_sent", "close_rcvd_then_sent", "max_message_size", "send_close", "data_to_send"]
+    transport = [name for name in dir(asyncio.Transport) if not name.startswith("_")]
+    return types.SimpleNamespace(
+        receive=None,
+        read_paused=False,
+        writable=asyncio.Event(),
+        close_sent=False,
+        shutdown=None,
+        handshake_complete=True,
+        conn=types.SimpleNamespace(**dict.fromkeys(conn), extensions=()),
+        transport=types.SimpleNamespace(**dict.fromkeys(transport, print)),
+    )
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["conn.close_sent", "conn.close_rcvd_then_sent", "conn.send_close", "transport.abort"],
+)
+def test_what_is_missing_is_missed_before_anything_is_changed(name: str) -> None:
+    protocol = uvicorns_parts()
+    owner, attribute = name.split(".")
+    delattr(getattr(protocol, owner), attribute)
+    limits: list[int] = []
+    protocol.transport.set_write_buffer_limits = lambda *given: limits.extend(given)
+    before = set(vars(protocol))
+    with pytest.raises(AttributeError, match=attribute):
+        datadivr._UvicornConnection(protocol)
+    assert set(vars(protocol)) == before
+    assert limits == []
+
+
+def test_older_websockets_name_the_limit_otherwise() -> None:
+    protocol = uvicorns_parts()
+    del protocol.conn.max_message_size
+    protocol.conn.max_size = 1 << 24  # as of websockets 13 to 15
+    datadivr._UvicornConnection(protocol)
+    assert protocol.conn.max_size == 1 << 20
 
 
 # ---- Clients: `pytest -m clients` ----------------------------------------------------------------
@@ -4730,7 +4728,7 @@ def test_a_client_that_does_not_read_is_dropped_and_the_others_are_not(
     reader = connect(server)
     payload = "x" * 900_000
     with raw_client(server, buffer=4096) as stalled:
-        own_id(stalled)
+        id_of(stalled)
         for _ in range(20):
             assert ask(reader, "fill", payload=payload, to="all")["payload"] == payload
             if total(server) == 1:
@@ -4755,9 +4753,9 @@ def test_a_client_that_stalls_below_the_limit_is_gone_once_the_keepalive_gives_i
         Live(ws_ping_interval=0.5, ws_ping_timeout=0.5) as live,
         raw_client(live, buffer=4096) as stalled,
     ):
-        stall(live, own_id(stalled))
+        stall(live, id_of(stalled))
         wait_until(lambda: not datadivr.clients, "the keepalive")
-        wait_until(lambda: not live.server.server_state.connections, "the socket's end")
+        wait_until(lambda: not live.connections, "the socket's end")
     assert ended() == {"keepalive": 1}
 
 
@@ -5055,7 +5053,7 @@ def test_a_room_moves_on_from_a_loop_that_is_closed(loop: FakeLoop) -> None:
 
 @promise("no server runs in this process: use `POST /messages`")
 def test_a_broadcast_in_a_process_without_a_server_says_so() -> None:
-    log = log_of("""
+    log = run("""
         import asyncio
         import datadivr
         print(asyncio.run(datadivr.broadcast(datadivr.WebSocketMessage(event_name="news"))))
@@ -5551,7 +5549,7 @@ def test_who_reads_a_message_larger_than_the_buffer_is_not_dropped_for_it(
     configure(max_buffer_bytes=100_000)
     talker = connect(live)
     with raw_client(live, buffer=4096) as reader:
-        reader_id = own_id(reader)
+        reader_id = id_of(reader)
         client = datadivr.clients[reader_id]
 
         def send(size: int) -> None:
@@ -5600,7 +5598,7 @@ def test_a_slow_client_is_named_once_with_the_setting_that_decides(
 ) -> None:
     configure(max_buffer_bytes=100_000)
     with raw_client(live, buffer=4096) as stalled:
-        own_id(stalled)
+        id_of(stalled)
         for _ in range(20):
             in_a_thread(datadivr.broadcast, datadivr.create_message("fill", "x" * 900_000, "all"))
         wait_until(lambda: not datadivr.clients, "it to be dropped")
@@ -5623,12 +5621,12 @@ def test_who_was_disconnected_is_not_dropped_as_slow_too(
         await datadivr.disconnect_client(message.from_id)
 
     with raw_client(live, buffer=4096) as stalled:
-        own_id(stalled)
+        id_of(stalled)
         stalled.sendall(masked('{"event_name": "leave"}'))
         with contextlib.suppress(OSError):
             for _ in range(500):
                 stalled.sendall(masked('{"event_name": "m"}') * 20)
-        wait_until(lambda: not live.server.server_state.connections, "its end")
+        wait_until(lambda: not live.connections, "its end")
     assert records.named("slow_client_dropped", logging.DEBUG) == []
     assert ended() == {"admin": 1}
 
@@ -5757,7 +5755,7 @@ def test_a_handler_that_closes_its_clients_websocket_itself_is_in_nobodys_way(
 
     other = connect(live)
     with raw_client(live) as client:  # which does not answer the close frame
-        client_id = own_id(client)
+        client_id = id_of(client)
         client.sendall(masked('{"event_name": "bye"}'))
         assert began.wait(LIMIT)
         url = f"/clients/{client_id}"
@@ -6605,12 +6603,7 @@ def test_each_fault_of_a_client_is_counted_and_logged_once(
 def test_the_list_pages_through_ten_thousand_clients(api: httpx.Client, logged: list[Any]) -> None:
     ids = [fake_client(FakeConnection()).id for _ in range(10_000)]
     try:
-        seen: list[str] = []
-        after: str | None = ""
-        while after is not None:
-            page = api.get("/clients", params={"limit": 1000, "after": after}).json()
-            seen += [client["id"] for client in page["clients"]]
-            after = page["next"]
+        seen = [client["id"] for page in pages(api, 1000) for client in page["clients"]]
         assert sorted(seen) == sorted(ids)
     finally:
         datadivr.clients.clear()
@@ -6735,14 +6728,14 @@ def test_a_stalled_client_is_disconnected_without_waiting_for_it(
 ) -> None:
     monkeypatch.setattr(datadivr, "_CLOSE_SECONDS", 60)
     with Live(ws=ws) as live, raw_client(live, buffer=4096) as stalled:
-        client_id = own_id(stalled)
+        client_id = id_of(stalled)
         stall(live, client_id)
         with within(2):
             assert live.api.delete(f"/clients/{client_id}").status_code == 204
             assert live.api.get("/clients").json()["total"] == 0
-        assert live.server.server_state.connections
+        assert live.connections
         stalled.close()
-        wait_until(lambda: not live.server.server_state.connections, "its socket's end")
+        wait_until(lambda: not live.connections, "its socket's end")
 
 
 @pytest.mark.parametrize("ws", ["auto", "wsproto"])
@@ -6751,10 +6744,10 @@ def test_a_disconnected_client_that_stays_stalled_is_cut_off(
 ) -> None:
     monkeypatch.setattr(datadivr, "_CLOSE_SECONDS", 0.5)
     with Live(ws=ws) as live, raw_client(live, buffer=4096) as stalled:
-        client_id = own_id(stalled)
+        client_id = id_of(stalled)
         stall(live, client_id)
         assert live.api.delete(f"/clients/{client_id}").status_code == 204
-        wait_until(lambda: not live.server.server_state.connections, "its socket's end")
+        wait_until(lambda: not live.connections, "its socket's end")
 
 
 @pytest.mark.parametrize("method", ["GET", "DELETE"])
@@ -6839,7 +6832,7 @@ def test_a_body_that_ends_early_leaves_no_traceback(
     with socket.create_connection(("127.0.0.1", live.port), LIMIT) as caller:
         caller.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
     assert http.get(f"{live.url}/healthz").status_code == 200
-    wait_until(lambda: len(live.server.server_state.connections) == 0, "its end")
+    wait_until(lambda: not live.connections, "its end")
     assert "Traceback" not in caplog.text
 
 
@@ -7002,7 +6995,7 @@ def test_the_answer_to_a_close_frame_is_answered_by_the_end_of_the_connection_al
     live: Live,
 ) -> None:
     with raw_client(live) as client:
-        client_id = own_id(client)
+        client_id = id_of(client)
         live.api.delete(f"/clients/{client_id}")
         ((first, payload),) = unframe(client.recv(4096))
         assert (first, payload[:2]) == (0x88, struct.pack("!H", 1008))
@@ -7014,7 +7007,7 @@ def test_the_answer_to_a_close_frame_is_answered_by_the_end_of_the_connection_al
 @needs_sansio
 def test_a_stop_does_not_close_again_who_is_being_closed() -> None:
     with Live() as live, raw_client(live) as client:
-        client_id = own_id(client)
+        client_id = id_of(client)
         live.api.delete(f"/clients/{client_id}")
         ((first, _),) = unframe(client.recv(4096))
         assert first == 0x88
@@ -7809,11 +7802,8 @@ def test_a_walk_misses_no_steady_client_while_others_come_and_go(cluster: Cluste
         try:
             for _ in range(5):
                 seen: list[str] = []
-                after: str | None = ""
-                while after is not None:
-                    page = one.api.get("/clients", params={"limit": 7, "after": after}).json()
+                for page in pages(one.api, 7):
                     seen += [client["id"] for client in page["clients"]]
-                    after = page["next"]
                     assert not page["partial"]
                 assert steady <= set(seen)
                 assert len(seen) == len(set(seen))
@@ -8224,15 +8214,9 @@ TestClient(datadivr.app).__enter__()
 """
 
 
-def run_with_redis(url: str, script: str = "pass") -> str:
-    command = [sys.executable, "-c", f"import sys; {script}\n{START}"]
-    return subprocess.run(
-        command, env=environment(DATADIVR_REDIS_URL=url), capture_output=True, text=True
-    ).stderr
-
-
 def test_redis_configured_but_not_installed_stops_the_start_with_what_to_install() -> None:
-    text = run_with_redis("redis://localhost", "sys.modules['redis'] = None")
+    script = "import sys; sys.modules['redis'] = None\n" + START
+    text = run(script, status=1, DATADIVR_REDIS_URL="redis://localhost")
     assert "DATADIVR_REDIS_URL is set, but redis is not installed: pip install redis" in text
 
 
@@ -8255,11 +8239,7 @@ def test_a_bad_url_stops_the_start_without_being_shown(tmp_path: Path) -> None:
 
 
 def test_redis_is_not_imported_where_it_is_not_configured() -> None:
-    script = "import sys, datadivr; sys.exit('redis' in sys.modules)"
-    assert (
-        subprocess.run([sys.executable, "-c", script], env=environment(), check=False).returncode
-        == 0
-    )
+    assert run("import sys, datadivr; print('redis' in sys.modules)") == "False\n"
 
 
 @promise("can speak to every client. Use a password, `rediss://`")
@@ -8304,10 +8284,8 @@ def test_a_second_lifespan_in_one_event_loop_joins_again(tmp_path: Path) -> None
         asyncio.run(asyncio.wait_for(main(), 10))
     """
     with RedisServer() as server:
-        command = [sys.executable, "-c", textwrap.dedent(script)]
-        environ = environment(DATADIVR_REDIS_URL=server.url, DATADIVR_LOG_LEVEL="ERROR")
-        done = subprocess.run(command, env=environ, cwd=ROOT, capture_output=True, text=True)
-        assert (done.stdout, done.returncode) == ("1.0 1.0 ", 0), done.stderr
+        output = run(script, DATADIVR_REDIS_URL=server.url, DATADIVR_LOG_LEVEL="ERROR")
+        assert output == "1.0 1.0 "
 
 
 @promise("Replicas, Sentinels and Redis Cluster are refused")
@@ -8569,7 +8547,7 @@ def test_the_cluster_is_left_though_a_hosts_lifespan_fails_at_the_stop(cluster: 
         asyncio.run(asyncio.wait_for(main(), 10))
     """
     variables = {"DATADIVR_REDIS_URL": cluster[0].url, "DATADIVR_LOG_LEVEL": "ERROR"}
-    assert log_of(script, **variables) == "True\nthe host's True\n"
+    assert run(script, **variables) == "True\nthe host's True\n"
 
 
 @pytest.fixture
@@ -9109,7 +9087,7 @@ def test_sigterm_closes_every_client_and_ends_in_time_with_stalled_ones_connecte
         url = process.ws
         clients = [stack.enter_context(dial(url, max_size=None)) for _ in range(20)]
         for client in stalled:
-            stall(process, own_id(client))
+            stall(process, id_of(client))
 
         def talk(client: ClientConnection) -> None:
             with contextlib.suppress(ConnectionClosed):
@@ -9354,8 +9332,7 @@ def assert_formatted(name: str, parser: str, lines: int) -> None:
     source = datadivr._files[name]
     prettier = str(node_module("prettier/bin/prettier.cjs"))
     command = [find("node"), prettier, "--no-config", f"--parser={parser}", "--print-width=100"]
-    result = subprocess.run(command, input=source, capture_output=True, text=True, check=True)
-    assert result.stdout == source
+    assert output_of(*command, typed=source) == source
     assert source.count("\n") <= lines
     assert max(map(len, source.split("\n"))) <= 100
 
@@ -9379,8 +9356,7 @@ def test_the_clients_types_are_sound(tmp_path: Path) -> None:
     tsc = node_module("typescript/bin/tsc")
     options = "--checkJs --strict --noEmit --target es2022 --lib es2022,dom --module esnext"
     command = [find("node"), str(tsc), *options.split(), "--types", "", "client.js", "use.js"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert (result.returncode, result.stdout) == (0, "")
+    assert output_of(*command, cwd=tmp_path) == ""
 
 
 HOSTED = {
@@ -9865,15 +9841,13 @@ def test_the_client_serves_node_where_a_failed_attempt_has_no_close(
         console.log(JSON.stringify([states, payload, code])); // and the process ends by itself
     """)
     node = find("node")
-    version = subprocess.run([node, "--version"], capture_output=True, text=True).stdout
-    major = int(version[1:].partition(".")[0])
+    major = int(output_of(node, "--version")[1:].partition(".")[0])
     need(major >= 20, "Node 22, or 20 with a flag")
     flags = ["--experimental-websocket"] if major < 22 else []
     urls = [f"ws://127.0.0.1:{port}/ws" for port in (live.port, free_port())]
     command = [node, *flags, "--no-warnings", "run.mjs", *urls]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=LIMIT)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == [["connecting", "open", "closed"], 3, "unknown_recipient"]
+    states = [["connecting", "open", "closed"], 3, "unknown_recipient"]
+    assert json.loads(output_of(*command, cwd=tmp_path)) == states
 
 
 # ---- The console's page: `pytest -m console` -----------------------------------------------------
@@ -10820,8 +10794,7 @@ def test_the_readmes_blocks_are_as_prettier_leaves_them(language: str, tmp_path:
     for number, code in enumerate(blocks(language)):
         (tmp_path / f"{number}.{language}").write_text(code)
     command = [find("node"), str(prettier), "--no-config", "--print-width=100", "--check", "."]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    output_of(*command, cwd=tmp_path)
 
 
 def test_ci_runs_the_two_commands_at_the_top() -> None:
@@ -10887,9 +10860,7 @@ def test_a_failed_start_exits_with_the_code_that_the_readme_says(
 ) -> None:
     command = [sys.executable, "-m", "uvicorn", "datadivr:app", *workers]
     command += ["--port", str(free_port())]
-    wrong = environment(DATADIVR_MAX_CLIENTS="many")
-    done = subprocess.run(command, cwd=tmp_path, env=wrong, capture_output=True, timeout=60)
-    assert done.returncode == code
+    output_of(*command, cwd=tmp_path, status=code, DATADIVR_MAX_CLIENTS="many")
 
 
 def parameters_of(function: Any) -> str:
@@ -10991,10 +10962,7 @@ def typed(folder: Path, commands: str, port: int, **replaced: str) -> str:
     for old, new in {"localhost:8000": f"127.0.0.1:{port}", **replaced}.items():
         assert old in commands
         commands = commands.replace(old, new)
-    command = ["bash", "-ec", commands]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment())
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return output_of("bash", "-ec", commands, cwd=folder)
 
 
 def hear_event(client: ClientConnection, event_name: str) -> Json:
@@ -11002,12 +10970,6 @@ def hear_event(client: ClientConnection, event_name: str) -> Json:
     while (message := hear(client))["event_name"] != event_name:
         pass
     return message
-
-
-def own_id_of(client: ClientConnection) -> str:
-    """Return a client's id, past what it has not heard yet."""
-    say(client, "whoami")
-    return str(hear_event(client, "whoami")["payload"])
 
 
 def answer_to(client: ClientConnection, event_name: str, **fields: Any) -> Json:
@@ -11132,14 +11094,9 @@ def test_the_tutorials_page_works_under_a_path_and_its_handlers_refuse_the_rest(
 def test_the_tests_of_the_readme_pass(tmp_path: Path) -> None:
     (tmp_path / "static").mkdir()
     copy_out(tmp_path, "application", "test_application")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q"],
-        cwd=tmp_path,
-        env=environment(PYTEST_DISABLE_PLUGIN_AUTOLOAD="1"),
-        capture_output=True,
-        text=True,
-    )
-    assert "2 passed" in done.stdout, done.stdout
+    command = [sys.executable, "-m", "pytest", "-q"]
+    output = output_of(*command, cwd=tmp_path, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
+    assert "2 passed" in output
 
 
 # The README's files that do not get into each other's way, and ways into them for the tests.
@@ -11271,7 +11228,7 @@ def test_the_readme_tells_who_is_in_a_room(
     recipes: Process, members: list[ClientConnection]
 ) -> None:
     ada, bob, other = members
-    ada_id, bob_id = own_id_of(ada), own_id_of(bob)
+    ada_id, bob_id = answer_to(ada, "whoami")["payload"], answer_to(bob, "whoami")["payload"]
 
     def enter(client: ClientConnection) -> Any:
         return answer_to(client, "enter", payload="hall")["payload"]
@@ -11366,7 +11323,7 @@ def test_other_programs_and_routes_of_the_readme_reach_clients(
     assert http.post(url, headers=ADMIN).json() == len(members)
     assert hear_event(client, "order")["payload"] == {"id": 1}
     code = block("python", "# push.py").replace("8000", str(recipes.port))
-    answer = run(code.replace("choose-one", TOKEN), tmp_path)
+    answer = run(code.replace("choose-one", TOKEN), cwd=tmp_path)
     assert answer.strip() == "{'recipients': 3, 'partial': False}"
     assert hear_event(client, "news")["payload"] == "Hello, all."
 
@@ -11441,7 +11398,7 @@ def test_a_private_push_reaches_each_device_of_one_person(people: Process, tmp_p
         dial(url, additional_headers={"Cookie": f"session={BOB}"}) as bob,
     ):
         for client in (ada, phone, bob):
-            own_id_of(client)
+            answer_to(client, "whoami")["payload"]
         answer = typed(tmp_path, block("sh", "#user:Ada"), people.port, **{"choose-one": TOKEN})
         assert f"`{answer}`" in README
         for client in (ada, phone):
@@ -11461,15 +11418,15 @@ def test_a_moderator_removes_a_client(people: Process) -> None:
         dial(url, additional_headers={"Cookie": f"session={ADA}"}) as ada,
         dial(url, additional_headers={"Cookie": f"session={BOB}"}) as bob,
     ):
-        bob_id = own_id_of(bob)
+        bob_id = answer_to(bob, "whoami")["payload"]
         for client, payload, status in ((bob, bob_id, 403), (ada, "nobody", 404)):
             told = answer_to(client, "remove", payload=payload)["payload"]
             assert told == {"code": "refused", "status": status, "event_name": "remove"}
         assert answer_to(ada, "remove", payload=bob_id)["event_name"] == "ok"
         assert close_code(bob) == 1008
-        assert own_id_of(ada)
+        assert answer_to(ada, "whoami")["payload"]
         with dial(url, additional_headers={"Cookie": f"session={BOB}"}) as again:
-            assert own_id_of(again)
+            assert answer_to(again, "whoami")["payload"]
 
 
 @promise('"total": 1, "next": null, "partial": false')
@@ -11478,7 +11435,7 @@ def test_the_list_of_clients_is_as_the_readme_shows_it(people: Process) -> None:
     (expected,) = (shown := json.loads(block("json", '"connected_at"')))["clients"]
     url = f"127.0.0.1:{people.port}"
     with dial(f"ws://{url}/ws", additional_headers={"Cookie": f"session={ADA}"}) as ada:
-        ada_id = own_id_of(ada)
+        ada_id = answer_to(ada, "whoami")["payload"]
         listed = http.get(f"http://{url}/clients", headers=ADMIN).json()
     assert expected["id"].startswith(expected["node"])
     changing = ("id", "node", "address", "connected_at")
@@ -11517,7 +11474,7 @@ def test_the_token_that_all_share_is_typed_once(tmp_path: Path, browser: Browser
             assert refused.value.response.status_code == 401
             assert b'"A client token is needed."' in (refused.value.response.body or b"")
         with dial(f"ws://{url}/ws", additional_headers={"Authorization": f"Bearer {token}"}) as own:
-            assert own_id_of(own)
+            assert answer_to(own, "whoami")["payload"]
         wait_until(lambda: total(process) == 0, "that client to go")
 
         page = context.new_page()
@@ -11557,7 +11514,7 @@ def test_the_browser_api_of_the_readme_talks(
     live: Live, browser: Browser, connect: Connect
 ) -> None:
     client = connect(live)
-    client_id = own_id_of(client)
+    client_id = answer_to(client, "whoami")["payload"]
     with browser.new_context() as context:
         page = context.new_page()
         code = block("js", "function talk()")
@@ -11633,7 +11590,7 @@ def test_the_notebook_of_the_readme_reaches_a_client(tmp_path: Path) -> None:
             asyncio.run(main())
             print(json.loads(client.recv())["payload"])
     """
-    assert "from a cell" in run(script, tmp_path)
+    assert "from a cell" in run(script, cwd=tmp_path)
 
 
 @promise(
@@ -11696,9 +11653,7 @@ def test_promtool_finds_no_fault_with_the_readmes_rules(tmp_path: Path, way: str
         scrape = tmp_path / "prometheus.yml"
         scrape.write_text(scrape.read_text().partition("  - job_name")[0] + job)
     command = [find("promtool"), "check", "config", "prometheus.yml"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "5 rules found" in done.stdout
+    assert "5 rules found" in output_of(*command, cwd=tmp_path)
 
 
 @promise(
@@ -11765,7 +11720,7 @@ def test_servers_on_two_ports_of_the_readme_are_one_server(tmp_path: Path) -> No
         for line in ("redis_joined", "running on"):
             wait_until(lambda line=line: process.log.count(line) == 2, f"two lines {line}", 30)  # type: ignore[misc]
         first, second = (stack.enter_context(dial(node.ws)) for node in nodes)
-        second_id = own_id_of(second)
+        second_id = answer_to(second, "whoami")["payload"]
         say(second, "m", to="all")
         assert [hear_event(client, "m")["from_id"] for client in (first, second)] == [second_id] * 2
         assert total(nodes[0]) == total(nodes[1]) == 2
@@ -12093,7 +12048,7 @@ def test_the_numbers_of_the_readmes_news_rise_when_the_server_starts_again(tmp_p
 
         asyncio.run(publish())
     """
-    output = run(script, tmp_path) + run(script, tmp_path)
+    output = run(script, cwd=tmp_path) + run(script, cwd=tmp_path)
     numbers = [int(number) for number in re.findall(r"^number (\d+)$", output, re.MULTILINE)]
     assert len(numbers) == 6
     assert numbers == sorted(set(numbers))
