@@ -982,6 +982,224 @@ def chromium() -> Iterator[Browser]:
         browser.close()
 
 
+GOOD_ROOMS = ["a", "x" * 100, "user:ada", "é漢😀", "all", "others", "a.b-c_d~", "%23?&+=", "{}"]
+
+
+class Point(BaseModel):
+    x: int
+    when: datetime | None = None
+
+
+class WrappedReceive:
+    """A middleware that wraps `receive`, as OpenTelemetry's does."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def watched() -> Any:
+            return await receive()
+
+        await self.app(scope, watched, send)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as running:
+        yield running
+
+
+HASTE = """
+    const wait = setTimeout, now = performance.now.bind(performance);
+    window.setTimeout = (job, delay, ...values) =>
+      wait(job, delay > 1000 ? delay : delay / 5, ...values);
+    performance.now = () => 5 * now();
+    window.said = []; // by the page's head, if only for a moment
+    const listen = () => said.push(document.querySelector("#status")?.textContent);
+    new MutationObserver(listen).observe(document, { subtree: true, childList: true });
+"""
+
+
+@pytest.fixture(scope="module")
+def context(browser: Browser, shared: Live) -> Iterator[BrowserContext]:
+    """Keep a page open, whose process the tests' pages share: to start one each takes 0.5 s."""
+    with browser.new_context() as context:
+        context.new_page().goto(f"{shared.url}/healthz")
+        yield context
+
+
+@pytest.fixture
+def page(context: BrowserContext) -> Iterator[Page]:
+    """Open a page that asks often, fetches nothing from elsewhere and raises no errors."""
+    page = context.new_page()
+    page.add_init_script(HASTE)
+    requests: list[str] = []
+    complaints: list[str] = []
+    page.on("request", lambda request: requests.append(request.url))
+    page.on("pageerror", lambda raised: complaints.append(str(raised)))
+    page.on("console", lambda message: complaints.append(message.text))
+    yield page
+    assert {httpx.URL(url).netloc for url in requests} == {httpx.URL(page.url).netloc}
+    expected = ("Failed to load resource", "WebSocket connection to")
+    assert [text for text in complaints if not text.startswith(expected)] == []
+    page.close()
+
+
+def node_module(path: str) -> Path:
+    """Return a file of a package of npm's that a test needs."""
+    folders = map(Path, os.environ.get("NODE_PATH", "").split(os.pathsep))
+    found = [file for folder in folders if (file := folder / path).exists()]
+    need(found, path)
+    return found[0]
+
+
+def assert_formatted(name: str, parser: str, lines: int) -> None:
+    """Check that a file which is served is as Prettier leaves it, and no longer than it may be."""
+    source = datadivr._files[name]
+    prettier = str(node_module("prettier/bin/prettier.cjs"))
+    command = [find("node"), prettier, "--no-config", f"--parser={parser}", "--print-width=100"]
+    assert output_of(*command, typed=source) == source
+    assert source.count("\n") <= lines
+    assert max(map(len, source.split("\n"))) <= 100
+
+
+NGINX = """
+daemon off;
+{user}
+pid {folder}/pid;
+error_log {folder}/error.log;
+events {{}}
+http {{
+    access_log off;
+    {temporary}
+    {servers}
+}}
+"""
+
+
+@contextlib.contextmanager
+def nginx(folder: Path, server: str, secure_port: int | None = None) -> Iterator[Process]:
+    """Run nginx, as this user, with a `server` block: without TLS, and on another port with it."""
+    port = free_port()
+    servers = re.sub(r"listen .*", f"listen 127.0.0.1:{port};", re.sub(r"ssl_.*", "", server))
+    if secure_port is not None:
+        servers += server.replace("listen 443", f"listen 127.0.0.1:{secure_port}")
+    kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    temporary = " ".join(f"{kind}_temp_path {folder}/{kind};" for kind in kinds)
+    user = "user root root;" if os.geteuid() == 0 else ""
+    configuration = NGINX.format(folder=folder, temporary=temporary, servers=servers, user=user)
+    (folder / "nginx.conf").write_text(configuration)
+    command = ["-p", str(folder), "-c", str(folder / "nginx.conf")]
+    with Process(*command, program=find("nginx"), port=port, cwd=folder) as proxy:
+        yield proxy
+
+
+class RedisServer:
+    """A redis-server on a port of its own, which a test may kill, restart, pause and talk to."""
+
+    def __init__(self, *options: str) -> None:
+        need(shutil.which("redis-server"), "redis-server")
+        self.port = free_port()
+        self.url = f"redis://127.0.0.1:{self.port}"
+        self.options = options
+        self.start()
+
+    def start(self) -> None:
+        command = [
+            "redis-server",
+            "--port",
+            str(self.port),
+            "--save",
+            "",
+            "--appendonly",
+            "no",
+            *self.options,
+        ]
+        self.popen = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        self.client = redis.Redis(port=self.port)
+        with socket.socket() as probe:
+            wait_until(
+                lambda: probe.connect_ex(("127.0.0.1", self.port)) == 0, "redis-server to start"
+            )
+
+    def kill(self) -> None:
+        self.client.close()
+        self.popen.kill()
+        self.popen.wait(LIMIT)
+
+    def __enter__(self) -> "RedisServer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+
+class Node(Process):
+    """One process of a cluster."""
+
+    def __init__(
+        self, url: str, folder: Path = ROOT, app: str = "datadivr:app", **variables: Any
+    ) -> None:
+        self.folder = folder
+        command = ["-m", "uvicorn", app, "--port", "{port}", "--log-level", "warning"]
+        super().__init__(*command, cwd=folder, DATADIVR_REDIS_URL=url, **variables)
+        self.wait_until_up()
+
+    @property
+    def redis_errors(self) -> int:
+        return int(metrics(self)['errors_total{type="redis"}'])
+
+    @property
+    def joined(self) -> bool:
+        return metrics(self)["redis_up"] == 1
+
+    def ids(self) -> set[str]:
+        return {client["id"] for client in self.api.get("/clients").json()["clients"]}
+
+
+Cluster = tuple[RedisServer, Node, Node]
+
+
+Pair = tuple[ClientConnection, ClientConnection]
+
+
+FAILED_HANDLER = r"^.*\bhandler_error\b.*\n(?:(?!\d{4}-|[A-Z]+:).*\n?)*"
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Run a Redis and two nodes, which survive whatever the tests do to the three."""
+    folder = tmp_path_factory.mktemp("cluster")
+    (folder / "application.py").write_text(textwrap.dedent(APPLICATION))
+    with (
+        RedisServer() as server,
+        Node(server.url, folder, "application:app", DATADIVR_MAX_BUFFER_BYTES="1000000") as one,
+        Node(server.url, folder, "application:app", DATADIVR_MAX_BUFFER_BYTES="1000000") as two,
+    ):
+        yield server, one, two
+        for node in (one, two):
+            # A test may have a handler fail, whose traceback is logged.
+            rest = re.sub(FAILED_HANDLER, "", node.log, flags=re.MULTILINE)
+            assert "Traceback" not in rest, node.log
+
+
+@pytest.fixture
+def pair(cluster: Cluster) -> Iterator[Pair]:
+    """Connect a client to each of the two nodes."""
+    _, one, two = cluster
+    wait_until(
+        lambda: one.joined and two.joined and not one.ids() | two.ids(),
+        "the last test's clients to go",
+    )
+    with dial_node(one) as here, dial_node(two) as there:
+        yield here, there
+
+
+def dial_node(node: Node, path: str = "/ws") -> ClientConnection:
+    client: ClientConnection = dial(f"ws://127.0.0.1:{node.port}{path}", max_size=None, **UNBOUNDED)
+    return client
+
+
 # ---- Settings and logging: `pytest -m settings` --------------------------------------------------
 
 
@@ -2303,9 +2521,6 @@ def test_every_function_that_takes_a_room_refuses_a_bad_one(room: str) -> None:
             run_in_thread(main())
 
 
-GOOD_ROOMS = ["a", "x" * 100, "user:ada", "é漢😀", "all", "others", "a.b-c_d~", "%23?&+=", "{}"]
-
-
 @pytest.mark.parametrize("room", GOOD_ROOMS)
 def test_a_room_has_any_name_of_up_to_100_characters(
     connect: Connect, server: Process, room: str
@@ -2509,11 +2724,6 @@ def test_an_object_with_a_coroutine_method_is_a_handler(registry: None) -> None:
 def test_a_message_without_a_handler_is_its_own_answer() -> None:
     message = WebSocketMessage(event_name="unheard of")
     assert asyncio.run(datadivr.handle_msg(message)) is message
-
-
-class Point(BaseModel):
-    x: int
-    when: datetime | None = None
 
 
 class Polygon(BaseModel):
@@ -4189,19 +4399,6 @@ def test_a_client_that_floods_is_gone_soon_after_it_was_disconnected(
     flooder.close()
     if "uvicorn" in " ".join(map(str, server.popen.args)):  # type: ignore[arg-type]
         assert b"\x03\xf0Disconnected by an administrator" in bytes(heard)
-
-
-class WrappedReceive:
-    """A middleware that wraps `receive`, as OpenTelemetry's does."""
-
-    def __init__(self, app: Any) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        async def watched() -> Any:
-            return await receive()
-
-        await self.app(scope, watched, send)
 
 
 @promise("the line names the wrapper's module")
@@ -7569,108 +7766,6 @@ def test_a_reload_while_it_runs_forgets_clients_and_handlers(tmp_path: Path) -> 
 # ---- Cluster: `pytest -m cluster` ----------------------------------------------------------------
 
 
-class RedisServer:
-    """A redis-server on a port of its own, which a test may kill, restart, pause and talk to."""
-
-    def __init__(self, *options: str) -> None:
-        need(shutil.which("redis-server"), "redis-server")
-        self.port = free_port()
-        self.url = f"redis://127.0.0.1:{self.port}"
-        self.options = options
-        self.start()
-
-    def start(self) -> None:
-        command = [
-            "redis-server",
-            "--port",
-            str(self.port),
-            "--save",
-            "",
-            "--appendonly",
-            "no",
-            *self.options,
-        ]
-        self.popen = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        self.client = redis.Redis(port=self.port)
-        with socket.socket() as probe:
-            wait_until(
-                lambda: probe.connect_ex(("127.0.0.1", self.port)) == 0, "redis-server to start"
-            )
-
-    def kill(self) -> None:
-        self.client.close()
-        self.popen.kill()
-        self.popen.wait(LIMIT)
-
-    def __enter__(self) -> "RedisServer":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.kill()
-
-
-class Node(Process):
-    """One process of a cluster."""
-
-    def __init__(
-        self, url: str, folder: Path = ROOT, app: str = "datadivr:app", **variables: Any
-    ) -> None:
-        self.folder = folder
-        command = ["-m", "uvicorn", app, "--port", "{port}", "--log-level", "warning"]
-        super().__init__(*command, cwd=folder, DATADIVR_REDIS_URL=url, **variables)
-        self.wait_until_up()
-
-    @property
-    def redis_errors(self) -> int:
-        return int(metrics(self)['errors_total{type="redis"}'])
-
-    @property
-    def joined(self) -> bool:
-        return metrics(self)["redis_up"] == 1
-
-    def ids(self) -> set[str]:
-        return {client["id"] for client in self.api.get("/clients").json()["clients"]}
-
-
-FAILED_HANDLER = r"^.*\bhandler_error\b.*\n(?:(?!\d{4}-|[A-Z]+:).*\n?)*"
-Cluster = tuple[RedisServer, Node, Node]
-Pair = tuple[ClientConnection, ClientConnection]
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Run a Redis and two nodes, which survive whatever the tests do to the three."""
-    folder = tmp_path_factory.mktemp("cluster")
-    (folder / "application.py").write_text(textwrap.dedent(APPLICATION))
-    with (
-        RedisServer() as server,
-        Node(server.url, folder, "application:app", DATADIVR_MAX_BUFFER_BYTES="1000000") as one,
-        Node(server.url, folder, "application:app", DATADIVR_MAX_BUFFER_BYTES="1000000") as two,
-    ):
-        yield server, one, two
-        for node in (one, two):
-            # A test may have a handler fail, whose traceback is logged.
-            rest = re.sub(FAILED_HANDLER, "", node.log, flags=re.MULTILINE)
-            assert "Traceback" not in rest, node.log
-
-
-@pytest.fixture
-def pair(cluster: Cluster) -> Iterator[Pair]:
-    """Connect a client to each of the two nodes."""
-    _, one, two = cluster
-    wait_until(
-        lambda: one.joined and two.joined and not one.ids() | two.ids(),
-        "the last test's clients to go",
-    )
-    with dial_node(one) as here, dial_node(two) as there:
-        yield here, there
-
-
-def dial_node(node: Node, path: str = "/ws") -> ClientConnection:
-    client: ClientConnection = dial(f"ws://127.0.0.1:{node.port}{path}", max_size=None, **UNBOUNDED)
-    return client
-
-
 @pytest.mark.parametrize("to", ["all", "others"])
 def test_a_message_reaches_the_clients_of_every_node(pair: Pair, to: str) -> None:
     here, there = pair
@@ -9327,16 +9422,6 @@ def test_the_clients_module_is_served_to_pages_from_anywhere_until_it_changes(
     assert api.get("/client.js", headers={"If-None-Match": '"other"'}).status_code == 200
 
 
-def assert_formatted(name: str, parser: str, lines: int) -> None:
-    """Check that a file which is served is as Prettier leaves it, and no longer than it may be."""
-    source = datadivr._files[name]
-    prettier = str(node_module("prettier/bin/prettier.cjs"))
-    command = [find("node"), prettier, "--no-config", f"--parser={parser}", "--print-width=100"]
-    assert output_of(*command, typed=source) == source
-    assert source.count("\n") <= lines
-    assert max(map(len, source.split("\n"))) <= 100
-
-
 def test_the_clients_source_is_short_and_as_prettier_leaves_it() -> None:
     assert_formatted("client.js", "babel", 140)
 
@@ -9856,46 +9941,6 @@ def test_the_client_serves_node_where_a_failed_attempt_has_no_close(
 expect.set_options(timeout=LIMIT * 1000)
 IMAGE = "<img src=x onerror=document.title='run'>"
 THEMES: list[Literal["light", "dark"]] = ["light", "dark"]
-HASTE = """
-    const wait = setTimeout, now = performance.now.bind(performance);
-    window.setTimeout = (job, delay, ...values) =>
-      wait(job, delay > 1000 ? delay : delay / 5, ...values);
-    performance.now = () => 5 * now();
-    window.said = []; // by the page's head, if only for a moment
-    const listen = () => said.push(document.querySelector("#status")?.textContent);
-    new MutationObserver(listen).observe(document, { subtree: true, childList: true });
-"""
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def context(browser: Browser, shared: Live) -> Iterator[BrowserContext]:
-    """Keep a page open, whose process the tests' pages share: to start one each takes 0.5 s."""
-    with browser.new_context() as context:
-        context.new_page().goto(f"{shared.url}/healthz")
-        yield context
-
-
-@pytest.fixture
-def page(context: BrowserContext) -> Iterator[Page]:
-    """Open a page that asks often, fetches nothing from elsewhere and raises no errors."""
-    page = context.new_page()
-    page.add_init_script(HASTE)
-    requests: list[str] = []
-    complaints: list[str] = []
-    page.on("request", lambda request: requests.append(request.url))
-    page.on("pageerror", lambda raised: complaints.append(str(raised)))
-    page.on("console", lambda message: complaints.append(message.text))
-    yield page
-    assert {httpx.URL(url).netloc for url in requests} == {httpx.URL(page.url).netloc}
-    expected = ("Failed to load resource", "WebSocket connection to")
-    assert [text for text in complaints if not text.startswith(expected)] == []
-    page.close()
 
 
 def open_console(page: Page, server: Served, path: str = "/console", token: str = TOKEN) -> None:
@@ -9906,14 +9951,6 @@ def open_console(page: Page, server: Served, path: str = "/console", token: str 
 
 def rows(page: Page, table: str = "Clients") -> Locator:
     return page.get_by_role("table", name=re.compile(f"^{table}")).locator("tbody tr")
-
-
-def node_module(path: str) -> Path:
-    """Return a file of a package of npm's that a test needs."""
-    folders = map(Path, os.environ.get("NODE_PATH", "").split(os.pathsep))
-    found = [file for folder in folders if (file := folder / path).exists()]
-    need(found, path)
-    return found[0]
 
 
 CLIENT_LIST = re.compile(r"/clients\?")
@@ -11724,37 +11761,6 @@ def test_servers_on_two_ports_of_the_readme_are_one_server(tmp_path: Path) -> No
         say(second, "m", to="all")
         assert [hear_event(client, "m")["from_id"] for client in (first, second)] == [second_id] * 2
         assert total(nodes[0]) == total(nodes[1]) == 2
-
-
-NGINX = """
-daemon off;
-{user}
-pid {folder}/pid;
-error_log {folder}/error.log;
-events {{}}
-http {{
-    access_log off;
-    {temporary}
-    {servers}
-}}
-"""
-
-
-@contextlib.contextmanager
-def nginx(folder: Path, server: str, secure_port: int | None = None) -> Iterator[Process]:
-    """Run nginx, as this user, with a `server` block: without TLS, and on another port with it."""
-    port = free_port()
-    servers = re.sub(r"listen .*", f"listen 127.0.0.1:{port};", re.sub(r"ssl_.*", "", server))
-    if secure_port is not None:
-        servers += server.replace("listen 443", f"listen 127.0.0.1:{secure_port}")
-    kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-    temporary = " ".join(f"{kind}_temp_path {folder}/{kind};" for kind in kinds)
-    user = "user root root;" if os.geteuid() == 0 else ""
-    configuration = NGINX.format(folder=folder, temporary=temporary, servers=servers, user=user)
-    (folder / "nginx.conf").write_text(configuration)
-    command = ["-p", str(folder), "-c", str(folder / "nginx.conf")]
-    with Process(*command, program=find("nginx"), port=port, cwd=folder) as proxy:
-        yield proxy
 
 
 @promise(
