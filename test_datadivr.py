@@ -102,7 +102,7 @@ from uvicorn.protocols.websockets.auto import AutoWebSocketsProtocol
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
 from websockets.extensions.permessage_deflate import ClientPerMessageDeflateFactory
 from websockets.sync.client import ClientConnection
-from websockets.sync.client import connect as dial
+from websockets.sync.client import connect as dial_as_usual
 from websockets.typing import Origin, Subprotocol
 
 import datadivr
@@ -121,11 +121,20 @@ os.environ["no_proxy"] = ",".join(
     [os.environ.get("no_proxy", os.environ.get("NO_PROXY", "")), "127.0.0.1", "localhost"]
 )
 
-# Before websockets 15, a client's queue is without a bound.
-UNBOUNDED: Any = {"max_queue": None} if "max_queue" in inspect.signature(dial).parameters else {}
+# A client that has not read everything ends at once: its queue has no bound or, before websockets
+# 15, its close waits no longer than this for the server's.
+AT_ONCE: Any = (
+    {"max_queue": None}
+    if "max_queue" in inspect.signature(dial_as_usual).parameters
+    else {"close_timeout": SLOWNESS}
+)
+dial = functools.partial(dial_as_usual, **AT_ONCE)
 # Without keep-alive, as if each request had a client of its own, whose TLS set-up takes 50 ms.
 new_client = functools.partial(
-    httpx.Client, verify=False, limits=httpx.Limits(max_keepalive_connections=0)
+    httpx.Client,
+    verify=False,
+    timeout=LIMIT,
+    limits=httpx.Limits(max_keepalive_connections=0),
 )
 http = new_client()
 
@@ -374,13 +383,15 @@ def ask(client: ClientConnection, event_name: str, **fields: Any) -> Json:
 
 
 def id_of(client: ClientConnection | socket.socket) -> str:
-    """Ask a client for its id; it has heard all that came before."""
+    """Ask a client that has heard all that came before for its id."""
     if isinstance(client, ClientConnection):
         return str(ask(client, "whoami")["payload"])
     client.sendall(masked('{"event_name": "whoami"}'))
     heard = b""
     while b"}" not in heard:
-        heard += client.recv(4096)
+        data = client.recv(4096)
+        assert data, "the connection ended"
+        heard += data
     ((_, payload),) = unframe(heard)
     return str(json.loads(payload)["payload"])
 
@@ -523,7 +534,7 @@ def configure(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 @pytest.fixture(autouse=True)
-def _token(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(datadivr._settings(), "admin_token", TOKEN)
     path = datadivr._hub.console_path  # which each application that starts changes
     monkeypatch.setattr(datadivr._hub, "console_path", path)
@@ -581,7 +592,7 @@ def connect(left: None) -> Iterator[Connect]:
         def connect(server: Served, path: str = "/ws", **options: Any) -> ClientConnection:
             servers.append(server)
             url = server.ws.removesuffix("/ws") + path
-            dialled: ClientConnection = dial(url, max_size=None, **UNBOUNDED, **options)
+            dialled: ClientConnection = dial(url, max_size=None, **options)
             return stack.enter_context(dialled)
 
         yield connect
@@ -932,14 +943,17 @@ def loop(monkeypatch: pytest.MonkeyPatch, logged: list[Any]) -> Iterator[FakeLoo
 
 
 def output_of(
-    *command: str, cwd: Path = ROOT, typed: str = "", status: int = 0, **variables: str
+    *command: str, cwd: Path = ROOT, stdin: str = "", status: int = 0, **variables: str
 ) -> str:
-    """Run a command, which is to end with this status; return its output, or errors if it fails."""
+    """Run a command, which is to end with this status; return its output.
+
+    If the status is not 0, return its errors.
+    """
     done = subprocess.run(
         command,
         cwd=cwd,
         env=environment(**variables),
-        input=typed,
+        input=stdin,
         capture_output=True,
         text=True,
         timeout=6 * LIMIT,
@@ -976,9 +990,9 @@ def run_each(
 ) -> list[tuple[int, str]]:
     """Run scripts, each in a process and with variables of its own: their statuses and output."""
     folder.mkdir()
-    typed = json.dumps([(textwrap.dedent(script), values) for script, values in scripts])
+    stdin = json.dumps([(textwrap.dedent(script), values) for script, values in scripts])
     command = [sys.executable, "-c", textwrap.dedent(FORKS), str(folder)]
-    statuses = map(int, output_of(*command, cwd=cwd, typed=typed).split())
+    statuses = map(int, output_of(*command, cwd=cwd, stdin=stdin).split())
     return [(status, (folder / str(n)).read_text()) for n, status in enumerate(statuses)]
 
 
@@ -1036,6 +1050,8 @@ class Peer(asyncio.Protocol):
             self.deliveries += self.count(self.head.partition(b"\r\n\r\n")[2])
 
     def connection_lost(self, exc: Exception | None) -> None:
+        if not self.open.done():
+            self.open.set_exception(exc or ConnectionError(f"no handshake: {self.head!r}"))
         self.lost.set_result(None)
 
 
@@ -1157,28 +1173,34 @@ COUNTED = """
     async def count() -> tuple[int, int]:
         gc.collect()
         return sys.getallocatedblocks(), tracemalloc.get_traced_memory()[0]
+
+    @app.get("/peak")  # since it was asked for last
+    async def peak() -> int:
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.reset_peak()
+        return most
 """
 
 
 @pytest.fixture(scope="session")
-def counted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
-    with serve(tmp_path_factory.mktemp("counted"), COUNTED) as process:
-        yield process
-
-
-def count_of(process: Process) -> tuple[int, int]:
-    """Return how many objects a counted server has, and how many bytes they have."""
-    objects, size = http.get(f"{process.url}/objects").json()
-    return objects, size
-
-
-@pytest.fixture
 def many_files() -> Iterator[None]:
-    """Let this process, and those that it starts, have the files of 10,000 clients open."""
+    """Let this process, and those that it starts later, open 11,000 files."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 11_000)), hard))
     yield
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.fixture(scope="session")
+def counted(tmp_path_factory: pytest.TempPathFactory, many_files: None) -> Iterator[Process]:
+    with serve(tmp_path_factory.mktemp("counted"), COUNTED) as process:
+        yield process
+
+
+def objects_and_bytes(process: Process) -> tuple[int, int]:
+    """Return how many objects a counted server has, and how many bytes they have."""
+    objects, size = http.get(f"{process.url}/objects").json()
+    return objects, size
 
 
 @contextlib.contextmanager
@@ -1268,7 +1290,7 @@ def assert_formatted(name: str, parser: str, lines: int) -> None:
     source = datadivr._files[name]
     prettier = str(node_module("prettier/bin/prettier.cjs"))
     command = [find("node"), prettier, "--no-config", f"--parser={parser}", "--print-width=100"]
-    assert output_of(*command, typed=source) == source
+    assert output_of(*command, stdin=source) == source
     assert source.count("\n") <= lines
     assert max(map(len, source.split("\n"))) <= 100
 
@@ -1373,6 +1395,7 @@ Cluster = tuple[RedisServer, Node, Node]
 Pair = tuple[ClientConnection, ClientConnection]
 
 
+# The line of a handler that failed, and its traceback.
 FAILED_HANDLER = r"^.*\bhandler_error\b.*\n(?:(?!\d{4}-|[A-Z]+:).*\n?)*"
 
 
@@ -1406,7 +1429,7 @@ def pair(cluster: Cluster) -> Iterator[Pair]:
 
 
 def dial_node(node: Node, path: str = "/ws") -> ClientConnection:
-    client: ClientConnection = dial(f"ws://127.0.0.1:{node.port}{path}", max_size=None, **UNBOUNDED)
+    client: ClientConnection = dial(f"ws://127.0.0.1:{node.port}{path}", max_size=None)
     return client
 
 
@@ -2030,26 +2053,13 @@ def test_uvicorns_own_lines_are_left_out_as_its_options_say(
 
 @promise("uvicorn's access log goes to standard output, too. Its other lines go to standard error.")
 def test_standard_output_has_datadivrs_lines_and_the_access_log(tmp_path: Path) -> None:
-    with (tmp_path / "output").open("w") as output, (tmp_path / "error").open("w") as errors:
-        served = Served(free_port())
-        command = [sys.executable, "-m", "uvicorn", "datadivr:app", "--port", str(served.port)]
-        process = subprocess.Popen(
-            command, cwd=tmp_path, env=environment(), stdout=output, stderr=errors
-        )
-        try:
-
-            def answers() -> bool:
-                with contextlib.suppress(httpx.TransportError):
-                    return http.get(f"{served.url}/healthz").status_code == 200
-                return False
-
-            wait_until(answers, "the server to start", 30, pause=0.05)
-            with dial(served.ws) as client:
-                assert id_of(client)
-        finally:
-            process.terminate()
-            process.wait(LIMIT)
-    printed, complained = ((tmp_path / name).read_text() for name in ("output", "error"))
+    server = f"exec {shlex.quote(sys.executable)} -m uvicorn datadivr:app --port {{port}} 2>error"
+    with Process("-c", server, program="/bin/sh", cwd=tmp_path) as process:
+        process.wait_until_up()
+        with dial(process.ws) as client:
+            assert id_of(client)
+        process.stop()
+    printed, complained = process.log, (tmp_path / "error").read_text()
     assert "client_connected" in printed
     assert '"GET /healthz HTTP/1.1" 200' in printed
     assert "Uvicorn running on" in complained
@@ -2110,21 +2120,22 @@ def test_structlogs_own_level_counts() -> None:
 
 
 @promise(
-    "All lines of the parent stay plain: the start, `Child process [123] died`, the stop. So does"
-    " the traceback of a start that fails.",
+    "All lines of the parent stay plain: the start, `Child process [123] died`, the stop.",
     "Watch uvicorn's log for its line `Child process [123] died`.",
 )
 @needs_sansio
 def test_with_json_the_parents_lines_stay_plain(tmp_path: Path) -> None:
     command = ["-m", "uvicorn", "datadivr:app", "--workers", "2", "--port", "{port}"]
     with Process(*command, cwd=tmp_path, DATADIVR_LOG_FORMAT="json") as process:
-        process.wait_until_up()
+        ready = "startup complete"
+        wait_until(lambda: process.log.count(ready) == 2, "two workers", 3 * LIMIT)
         worker = int(re.findall(r"Started server process \[(\d+)\]", process.log)[0])
         os.kill(worker, signal.SIGKILL)
         told = rf"^INFO: .*Child process \[{worker}\] died"
         wait_until(lambda: re.search(told, process.log, re.MULTILINE), "the line")
-        wait_until(lambda: process.log.count("startup complete") == 3, "another worker", 30)
+        wait_until(lambda: process.log.count(ready) == 3, "another worker", 3 * LIMIT)
         process.stop()
+    assert re.search(r"^INFO: .*Started parent process", process.log, re.MULTILINE)
     assert re.search(r"^INFO: .*Stopping parent process", process.log, re.MULTILINE)
 
 
@@ -4400,7 +4411,7 @@ def test_an_alert_fires_where_handlers_fail(scraped: Scraped, connect: Connect) 
 
 def test_promtool_finds_no_fault_with_the_metrics(api: httpx.Client) -> None:
     command = [find("promtool"), "check", "metrics"]
-    assert output_of(*command, typed=api.get("/metrics").text) == ""
+    assert output_of(*command, stdin=api.get("/metrics").text) == ""
 
 
 @pytest.mark.parametrize(
@@ -4693,12 +4704,9 @@ def test_clients_with_and_without_compression_all_get_what_was_sent(
             {},
             *({"compression": None, "extensions": [o]} for o in offers),
         ]
-        clients = [
-            stack.enter_context(dial(url, max_size=None, **UNBOUNDED, **option))
-            for option in options
-        ]
+        clients = [stack.enter_context(dial(url, max_size=None, **option)) for option in options]
         wait_until(lambda: total(process) == len(clients) + 1, "the clients")
-        driver = stack.enter_context(dial(process.ws, max_size=None, **UNBOUNDED))
+        driver = stack.enter_context(dial(process.ws, max_size=None))
         rights: list[int] = []
         threads = [
             threading.Thread(target=lambda c=client: rights.append(poured(c))) for client in clients
@@ -4860,7 +4868,7 @@ def test_a_long_handler_whose_client_sends_meanwhile_loses_it_to_the_keepalive(
         go.wait(LIMIT if sends else 3 * SLOWNESS)
         return datadivr.create_message("done", None, message.from_id)
 
-    pings: Any = dict.fromkeys(("ws_ping_interval", "ws_ping_timeout"), SLOWNESS)
+    pings: Any = {"ws_ping_interval": 0.5 * SLOWNESS, "ws_ping_timeout": 2 * SLOWNESS}
     with Live(**pings) as live, dial(live.ws) as client:
         say(client, "long")
         if sends:
@@ -4883,8 +4891,9 @@ def test_a_long_handler_whose_client_sends_meanwhile_loses_it_to_the_keepalive(
 def test_uvicorns_keepalive_has_the_seconds_that_the_readme_says() -> None:
     config = uvicorn.Config(datadivr.app)
     assert (config.ws_ping_interval or 0) + (config.ws_ping_timeout or 0) == 40
-    options = {param.name for param in uvicorn.main.params}
-    assert {"ws_ping_interval", "ws_ping_timeout"} <= options
+    (words,) = re.findall("`uvicorn (--ws-ping-interval 5 [^`]*)`", one_line(README))
+    given = uvicorn.main.make_context("uvicorn", ["datadivr:app", *words.split()]).params
+    assert given["ws_ping_interval"] + given["ws_ping_timeout"] == 10
 
 
 @promise("the line names the wrapper's module")
@@ -5017,11 +5026,12 @@ def close_frame(code: int, reason: str) -> bytes:
 
 @promise("| 1011 | uvicorn read no answer to its pings |")
 @needs_sansio
-def test_a_client_that_answers_no_ping_reads_1011() -> None:
+def test_a_client_that_answers_no_ping_reads_1011(ended: Callable[[], dict[str, float]]) -> None:
     with Live(ws_ping_interval=0.1, ws_ping_timeout=0.1) as live, raw_client(live) as client:
         *pings, (first, payload) = unframe(read_to_the_end(client))
     assert {first for first, _ in pings} == {0x89}
     assert (first, payload[:2]) == (0x88, struct.pack("!H", 1011))
+    assert ended() == {"keepalive": 1}
 
 
 def fill_up(client_id: str) -> None:
@@ -5059,12 +5069,12 @@ def test_a_client_that_never_reads_is_cut_off_two_seconds_after_it_was_dropped(
 ) -> None:
     configure(max_buffer_bytes=100_000)
     with raw_client(live, buffer=4096) as client:
-        fill_up(id_of(client))
-        start = time.monotonic()
-        wait_until(lambda: not live.server.server_state.connections, "its socket's end")
-        assert 1 < time.monotonic() - start < 4 * SLOWNESS
-        *_, (first, payload) = unframe(read_to_the_end(client))
-    assert first != 0x88
+        client_id, start = id_of(client), time.monotonic()
+        fill_up(client_id)
+        with within(4):
+            wait_until(lambda: not live.connections, "its socket's end")
+        assert time.monotonic() - start > 1.9
+        *_, (_, payload) = unframe(read_to_the_end(client))
     assert not payload.endswith(close_frame(1013, "Too slow: reconnect"))
 
 
@@ -5225,8 +5235,8 @@ def test_messages_over_the_rate_are_dropped_with_one_error_a_second(
     configure(max_messages_per_second=3)
     before = metrics(live)['errors_total{type="rate_limited"}']
     client = connect(live)
-    for number in range(3 + dropped):
-        say(client, "m", payload=number, to="all")
+    sent = [{"event_name": "m", "payload": n, "to": "all"} for n in range(3 + dropped)]
+    client.socket.sendall(b"".join(masked(json.dumps(message)) for message in sent))
     heard = [hear(client) for _ in range(4)]
     fault = {"code": "rate_limited", "event_name": "m"}
     assert [message["payload"] for message in heard] == [0, 1, 2, fault]
@@ -5361,7 +5371,7 @@ def test_a_clients_rooms_are_a_frozen_set_until_its_disconnect_has_run(
     assert [client["id"] for client in listed["clients"]] == [other_id]
 
 
-async def hold(server: Served, clients: int) -> None:
+async def hold_clients(server: Served, clients: int) -> None:
     """Connect so many clients, each of which then gets all messages and is in the list once."""
     async with Load(server.port) as load:
         await load.connect(clients)
@@ -5372,8 +5382,8 @@ async def hold(server: Served, clients: int) -> None:
         assert len(set(ids)) == len(ids) == clients
 
 
-def test_a_thousand_clients_are_held_at_once(counted: Process, many_files: None) -> None:
-    asyncio.run(hold(counted, 1000))
+def test_a_thousand_clients_are_held_at_once(counted: Process) -> None:
+    asyncio.run(hold_clients(counted, 1000))
 
 
 def come_and_go(server: Served, clients: int) -> None:
@@ -5402,13 +5412,17 @@ def test_clients_that_came_and_went_leave_no_object_behind(counted: Process) -> 
     counts: list[int] = []
 
     def is_settled() -> bool:
-        counts.append(count_of(counted)[0])
+        counts.append(objects_and_bytes(counted)[0])
         return len(counts) > 1 and counts[-1] >= counts[-2]
 
-    come_and_go(counted, 300)
-    wait_until(is_settled, "the last to be let go of", pause=0.3)
+    for _ in range(2):  # the first time, caches grow
+        come_and_go(counted, 300)
+        counts.clear()
+        wait_until(is_settled, "the last to be let go of", pause=0.3)
     come_and_go(counted, 600)
-    wait_until(lambda: count_of(counted)[0] - counts[-1] < 150, "no more objects than before")
+    wait_until(
+        lambda: objects_and_bytes(counted)[0] - counts[-1] < 150, "no more objects than before"
+    )
 
 
 @promise(
@@ -5440,7 +5454,6 @@ def test_what_a_handler_sends_itself_counts_as_unsent_and_not_as_sent(
         wait_until(lambda: ended() == {"slow_client": 1}, "it to be dropped for them")
 
 
-@promise("| `DATADIVR_MAX_BUFFER_BYTES` | 4194304 | bytes unsent to one client,")
 @pytest.mark.parametrize("to", ["all", "itself"])
 def test_a_client_that_floods_itself_and_does_not_read_is_dropped(
     live: Live, configure: Callable[..., None], ended: Callable[[], dict[str, float]], to: str
@@ -5578,7 +5591,7 @@ def test_a_client_that_does_not_read_is_dropped_and_the_others_are_not(
         wait_until(lambda: told.search(server.log), "the line of it")
 
 
-async def publish_past(
+async def publish_beside_a_stalled(
     server: Process, clients: int, messages: int, measure: Callable[[], int], *, stall: bool
 ) -> tuple[float, int, int]:
     """Publish to clients, with one that stalls among them or not.
@@ -5599,10 +5612,15 @@ async def publish_past(
 @promise("hold up nobody.")
 def test_a_stalled_client_takes_no_more_memory_than_its_buffer_may(tmp_path: Path) -> None:
     limit = 1024 * 1024
-    with serve(tmp_path, COUNTED, DATADIVR_MAX_BUFFER_BYTES=str(limit)) as process, within(10):
-        _, grown, dropped = asyncio.run(
-            publish_past(process, 20, 2000, lambda: count_of(process)[1], stall=True)
-        )
+    with serve(tmp_path, COUNTED, DATADIVR_MAX_BUFFER_BYTES=str(limit)) as process:
+
+        def peak() -> int:
+            return int(process.api.get("/peak").json())
+
+        with within(10):
+            _, grown, dropped = asyncio.run(
+                publish_beside_a_stalled(process, 20, 2000, peak, stall=True)
+            )
     assert dropped == 1
     assert grown < 2 * limit
 
@@ -5623,11 +5641,11 @@ def test_what_is_unsent_to_many_clients_is_in_memory_once(
             stack.enter_context(raw_client(process, buffer=4096))
         sender = connect(process)
         id_of(sender)
-        _, before = count_of(process)
+        _, before = objects_and_bytes(process)
         for _ in range(8):
             say(sender, "fill", payload="x" * 900_000, to="others")
         id_of(sender)
-        _, after = count_of(process)
+        _, after = objects_and_bytes(process)
         listed = process.api.get("/clients").json()["clients"]
         unsent = sum(client["buffered_bytes"] for client in listed)
         assert after - before < unsent / 5
@@ -6539,7 +6557,7 @@ def test_who_leaves_before_its_own_answer_makes_no_error(
     live.api.delete(f"/clients/{client_id}")
     over.set()
     assert ended.wait(LIMIT)
-    with dial(live.ws, **UNBOUNDED) as hasty:
+    with dial(live.ws) as hasty:
         for _ in range(200):
             say(hasty, "whoami")
     wait_until(lambda: not datadivr.clients, "its end")
@@ -6611,11 +6629,12 @@ def test_a_clients_first_message_waits_for_the_end_of_its_connect_handler(
     connect: Connect, live: Live
 ) -> None:
     seen: list[str] = []
-    go = threading.Event()
+    began, go = threading.Event(), threading.Event()
 
     @datadivr.websocket_handler("$connect")
     def came(message: WebSocketMessage) -> None:
         seen.append("$connect begins")
+        began.set()
         go.wait(LIMIT)
         seen.append("$connect ends")
 
@@ -6625,6 +6644,7 @@ def test_a_clients_first_message_waits_for_the_end_of_its_connect_handler(
 
     client = connect(live)
     say(client, "m")
+    assert began.wait(LIMIT)
     for _ in range(3):  # turns of the loop in which the message could be handled
         assert total(live) == 1
     assert seen == ["$connect begins"]
@@ -6744,29 +6764,21 @@ def test_what_a_client_says_before_it_closes_is_heard(connect: Connect, server: 
     assert [hear(listener)["payload"] for _ in range(100)] == list(range(100))
 
 
-def talk_during_a_flood(server: Served, messages: int) -> list[float]:
-    """Return the seconds that each message of a pair took, up to the end of a flood."""
-
-    async def talk() -> list[float]:
-        async with Load(server.port) as flood, Load(server.port) as pair:
-            await flood.connect(1)
-            await pair.connect(2)
-            flood.peers[0].transport.write(
-                masked('{"event_name": "x", "to": "nobody"}') * messages + text_to_all(0)
-            )
-            times: list[float] = []
-            while flood.peers[0].deliveries <= len(times):  # until the one after the flood has come
-                start = time.perf_counter()
-                pair.peers[len(times) % 2].transport.write(text_to_all(0))
-                await pair.until(len(times) + 1)
-                times.append(time.perf_counter() - start)
-        return times
-
-    return asyncio.run(talk())
-
-
-def test_a_flood_from_one_client_leaves_the_others_their_turn(server: Process) -> None:
-    assert len(talk_during_a_flood(server, 5000)) > 10
+def test_a_flood_from_one_client_leaves_the_others_their_turn(
+    server: Process, connect: Connect
+) -> None:
+    talker, listener = connect(server), connect(server)
+    listener_id = id_of(listener)
+    id_of(talker)
+    end = masked(json.dumps({"event_name": "end of the flood", "to": listener_id}))
+    with raw_client(server) as flooder:
+        os.killpg(server.popen.pid, signal.SIGSTOP)  # it finds both when it goes on
+        try:
+            flooder.sendall(masked('{"event_name": "x", "to": "nobody"}') * 5000 + end)
+            say(talker, "ping", to=listener_id)
+        finally:
+            os.killpg(server.popen.pid, signal.SIGCONT)
+        assert [hear(listener)["event_name"] for _ in range(2)] == ["ping", "end of the flood"]
 
 
 @promise("Names that begin with `$` are the server's own")
@@ -7187,11 +7199,16 @@ def test_metrics_are_not_for_a_name_that_points_to_loopback(
 
 
 @promise("On any other address, and on a socket, everybody can read it.")
-@pytest.mark.parametrize(("url", "status"), [("http://192.0.2.7", 200), ("http://127.0.0.1", 403)])
-def test_the_metrics_are_for_any_name_that_points_to_another_address(url: str, status: int) -> None:
-    with TestClient(datadivr.app, base_url=url) as client:
-        answer = client.get("/metrics", headers={"Host": "evil.example"})
-    assert answer.status_code == status
+def test_the_metrics_are_for_any_name_of_another_address_and_of_a_socket(tmp_path: Path) -> None:
+    headers = {"Host": "evil.example"}
+    with TestClient(datadivr.app, base_url="http://192.0.2.7") as client:
+        assert client.get("/metrics", headers=headers).status_code == 200
+    command = ["-m", "uvicorn", "datadivr:app", "--uds", str(tmp_path / "socket")]
+    with Process(*command) as process:
+        wait_until(lambda: "startup complete" in process.log, "the server to start")
+        wait_until((tmp_path / "socket").exists, "its socket")
+        with httpx.Client(transport=httpx.HTTPTransport(uds=command[-1])) as client:
+            assert client.get("http://evil.example/metrics").status_code == 200
 
 
 @promise("What only the server may say, a page believes if `from_id` is `server`.")
@@ -7563,8 +7580,10 @@ def test_large_cookies_need_a_variable_of_the_websockets_package(
     small, large = ({"Cookie": f"session={'x' * length}"} for length in (8000, 9000))
     with dial(live.ws, additional_headers=small) as client:
         assert id_of(client)
-    with pytest.raises((InvalidHandshake, ConnectionClosed, OSError, EOFError)):
+    with pytest.raises((TimeoutError, InvalidHandshake)):  # uvicorn need not answer it
         dial(live.ws, additional_headers=large, open_timeout=2)
+    with dial(live.ws, additional_headers=small) as client:
+        assert id_of(client)
     command = ["-m", "uvicorn", "datadivr:app", "--port", "{port}"]
     with Process(*command, cwd=tmp_path, WEBSOCKETS_MAX_LINE_LENGTH="20000") as process:
         process.wait_until_up()
@@ -8060,13 +8079,6 @@ def test_wrong_admin_tokens_are_counted_apart_and_logged(
         series = f'errors_total{{type="{name}"}}'
         assert after[series] - before[series] == change
     assert [entry["event"] for entry in logged] == ["admin_unauthorized"]
-
-
-@promise("A body of more than `DATADIVR_MAX_MESSAGE_BYTES` is refused with 413")
-def test_a_body_over_the_limit_is_told_which_setting_decides(api: httpx.Client) -> None:
-    answer = api.post("/messages", content=b"x" * (1 << 20) + b"x")
-    assert answer.status_code == 413
-    assert "DATADIVR_MAX_MESSAGE_BYTES" in answer.json()["detail"]
 
 
 @promise("A body of more than `DATADIVR_MAX_MESSAGE_BYTES` is refused with 413")
@@ -9954,7 +9966,6 @@ def test_each_node_lets_in_as_many_clients_as_the_limit() -> None:
         with contextlib.ExitStack() as clients:
             for node in nodes:
                 assert id_of(clients.enter_context(dial(node.ws)))
-            assert [total(node) for node in nodes] == [2, 2]
             for node in nodes:
                 with pytest.raises(InvalidStatus) as refused:
                     dial(node.ws)
@@ -10188,7 +10199,6 @@ HANGING = """
     def block(message: WebSocketMessage[int]) -> None:
         Path("begun").touch()
         time.sleep(message.payload)
-        Path("done").touch()
 
     datadivr.main()
 """
@@ -10206,7 +10216,6 @@ def test_main_stops_after_5_seconds_though_a_handler_hangs(tmp_path: Path, event
             start = time.monotonic()
             process.stop()
             assert 4.5 < time.monotonic() - start < 5 + 3 * SLOWNESS
-    assert not (tmp_path / "done").exists()
 
 
 # ---- The browser's client: `pytest -m client` ----------------------------------------------------
@@ -11822,7 +11831,7 @@ def test_the_readme_names_each_line_of_the_log_from_warnings_on() -> None:
 def test_all_lines_of_a_worker_but_uvicorns_first_two_are_json(tmp_path: Path) -> None:
     command = ["-m", "uvicorn", "datadivr:app", "--workers", "2", "--port", "{port}"]
     with Process(*command, cwd=tmp_path, DATADIVR_LOG_FORMAT="json") as process:
-        wait_until(lambda: process.log.count("startup complete") == 2, "two workers", 30)
+        wait_until(lambda: process.log.count("startup complete") == 2, "two workers", 3 * LIMIT)
         plain = [line for line in process.log.splitlines() if not line.startswith("{")]
     texts = [re.sub(r"\W*\[\d+\]|^INFO:\s+", "", line) for line in plain]
     first_two = ["Started server process", "Waiting for application startup."]
@@ -12177,7 +12186,7 @@ def members(recipes: Process) -> Iterator[list[ClientConnection]]:
 
 
 def run_module(page: Page, origin: str, code: str, *names: str) -> list[str]:
-    """Run a module of the README's in a page until it is connected; return what it will log."""
+    """Run a module of the README's in a page, wait until it is connected, return what it logs."""
     logged: list[str] = []
     page.on("console", lambda message: logged.append(message.text))
     page.goto(f"{origin}/healthz")
@@ -12410,7 +12419,7 @@ def test_a_private_push_reaches_each_device_of_one_person(people: Process, tmp_p
         dial(url, additional_headers={"Cookie": f"session={BOB}"}) as bob,
     ):
         for client in (ada, phone, bob):
-            answer_to(client, "whoami")["payload"]
+            answer_to(client, "whoami")
         answer = typed(tmp_path, block("sh", "#user:Ada"), people.port, **{"choose-one": TOKEN})
         assert f"`{answer}`" in README
         for client in (ada, phone):
@@ -12693,7 +12702,7 @@ def test_promtool_finds_no_fault_with_the_readmes_rules(tmp_path: Path, way: str
         )
         scrape = tmp_path / "prometheus.yml"
         scrape.write_text(scrape.read_text().partition("  - job_name")[0] + job)
-    command = [find("promtool"), "check", "config", "prometheus.yml"]
+    command = [find("promtool"), "check", "config", "--lint-fatal", "prometheus.yml"]
     assert "5 rules found" in output_of(*command, cwd=tmp_path)
 
 
@@ -12796,7 +12805,9 @@ def test_the_workers_of_the_readme_are_one_server_and_a_killed_one_leaves_no_gau
         process = stack.enter_context(
             Process("-ec", commands, program=find("bash"), TMPDIR=str(tmp_path))
         )
-        wait_until(lambda: process.log.count("redis_joined") == 4, "four workers to join", 30)
+        wait_until(
+            lambda: process.log.count("redis_joined") == 4, "four workers to join", 3 * LIMIT
+        )
         clients: list[ClientConnection] = []
         nodes: set[str] = set()
         while len(nodes) < 2:  # the kernel deals connections out
@@ -12833,7 +12844,8 @@ def test_servers_on_two_ports_of_the_readme_are_one_server(tmp_path: Path) -> No
             Process("-ec", commands, program=find("bash"), cwd=tmp_path, port=nodes[1].port)
         )
         for line in ("redis_joined", "running on"):
-            wait_until(lambda line=line: process.log.count(line) == 2, f"two lines {line}", 30)  # type: ignore[misc]
+            times_two = functools.partial(lambda line: process.log.count(line) == 2, line)
+            wait_until(times_two, f"two lines {line}", 3 * LIMIT)
         first, second = (stack.enter_context(dial(node.ws)) for node in nodes)
         second_id = answer_to(second, "whoami")["payload"]
         say(second, "m", to="all")
@@ -13560,7 +13572,7 @@ def test_a_stalled_client_costs_the_others_nothing(
 
         def run(stall: bool) -> tuple[float, int, int]:
             measure = functools.partial(resident, process)
-            return asyncio.run(publish_past(process, 200, 4000, measure, stall=stall))
+            return asyncio.run(publish_beside_a_stalled(process, 200, 4000, measure, stall=stall))
 
         runs = [(run(False), run(True)) for _ in range(5)]
     ratio = statistics.median(stalled[0] / free[0] for free, stalled in runs)
@@ -13580,7 +13592,7 @@ def test_a_stalled_client_costs_the_others_nothing(
 
 def test_ten_thousand_clients_are_held_at_once(tmp_path: Path, many_files: None) -> None:
     with pinned(tmp_path, "datadivr") as process:
-        asyncio.run(hold(process, 10_000))
+        asyncio.run(hold_clients(process, 10_000))
 
 
 def test_clients_that_come_and_go_leave_nothing_behind(
@@ -13602,6 +13614,27 @@ def test_clients_that_come_and_go_leave_nothing_behind(
         sum(value for name, value in after.items() if name.startswith("disconnections")) == cycles
     )
     assert grown < 2 * 1024 * 1024
+
+
+def talk_during_a_flood(server: Served, messages: int) -> list[float]:
+    """Return the seconds that each message of a pair took, up to the end of a flood."""
+
+    async def talk() -> list[float]:
+        async with Load(server.port) as flood, Load(server.port) as pair:
+            await flood.connect(1)
+            await pair.connect(2)
+            flood.peers[0].transport.write(
+                masked('{"event_name": "x", "to": "nobody"}') * messages + text_to_all(0)
+            )
+            times: list[float] = []
+            while flood.peers[0].deliveries <= len(times):  # until the one after the flood has come
+                start = time.perf_counter()
+                pair.peers[len(times) % 2].transport.write(text_to_all(0))
+                await pair.until(len(times) + 1)
+                times.append(time.perf_counter() - start)
+        return times
+
+    return asyncio.run(talk())
 
 
 def test_a_flood_leaves_the_others_their_latency(
