@@ -12190,7 +12190,9 @@ def run_module(page: Page, origin: str, code: str, *names: str) -> list[str]:
     page.goto(f"{origin}/healthz")
     exported = f"Object.assign(globalThis, {{ {', '.join(('server', *names))} }});"
     page.add_script_tag(content=f"{code}\n{exported}", type="module")
-    page.wait_for_function("globalThis.server?.ask('whoami').then(() => true, () => false)")
+    # The server may have the connection before the page knows that it has.
+    is_open = "globalThis.server?.ask('whoami').then(() => true, () => false)"
+    wait_until(lambda: page.evaluate(is_open), "the page to connect")
     return logged
 
 
