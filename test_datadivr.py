@@ -9403,7 +9403,7 @@ def test_a_redis_that_could_not_save_is_up_as_long_as_it_publishes(tmp_path: Pat
 
 
 class Forgetful:
-    """A NAT before a Redis: who is silent for longer than a second is forgotten without a word."""
+    """A NAT before a Redis: it forgets a connection that is silent for over 2 s, without a word."""
 
     def __init__(self, port: int) -> None:
         self.redis_port = port
@@ -9418,8 +9418,7 @@ class Forgetful:
         self.server = await asyncio.start_server(self.forward, "127.0.0.1", 0)
         return int(self.server.sockets[0].getsockname()[1])
 
-    async def forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        pairs = (reader, writer), await asyncio.open_connection("127.0.0.1", self.redis_port)
+    async def forward(self, here: asyncio.StreamReader, out: asyncio.StreamWriter) -> None:
         heard = time.monotonic()
 
         async def copy(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
@@ -9432,14 +9431,13 @@ class Forgetful:
                 heard = time.monotonic()
                 target.write(data)
 
-        (here, out), (there, back) = pairs
-        with contextlib.suppress(ConnectionError):
-            await asyncio.wait(
-                [asyncio.create_task(copy(here, back)), asyncio.create_task(copy(there, out))],
-                return_when=asyncio.FIRST_COMPLETED,
-            )
-        for end in (out, back):
-            end.close()
+        with contextlib.closing(out):
+            there, back = await asyncio.open_connection("127.0.0.1", self.redis_port)
+            with contextlib.closing(back):
+                await asyncio.wait(
+                    [asyncio.create_task(copy(here, back)), asyncio.create_task(copy(there, out))],
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
 
     def __enter__(self) -> Self:
         return self
