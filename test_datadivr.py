@@ -9545,9 +9545,11 @@ def gardeners(pair: Pair, cluster: Cluster) -> Iterator[Pair]:
     """Connect a client in the room "garden" to each node, beside the pair that is in none."""
     _, one, two = cluster
     path = "/in?room=garden"
-    with dial_node(one, path) as here, dial_node(two, path) as there:
-        id_of(here), id_of(there)
-        yield here, there
+    with dial_node(one, path) as here:
+        id_of(here)  # its node knows of it before the other one comes
+        with dial_node(two, path) as there:
+            id_of(there)
+            yield here, there
 
 
 def settled(*clients: ClientConnection) -> list[list[Json]]:
