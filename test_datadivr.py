@@ -8519,11 +8519,14 @@ def test_a_client_of_another_path_is_refused_with_403(live: Live, path: str) -> 
 def test_a_wrong_path_is_logged_once_a_minute(
     connect: Connect, live: Live, logged: list[Any]
 ) -> None:
+    def levels() -> list[str]:
+        return [entry["log_level"] for entry in logged if entry.get("path") == "/elsewhere"]
+
     for _ in range(2):
         with pytest.raises(InvalidStatus):
-            connect(live, "/wss")
-    told = [entry["log_level"] for entry in logged if entry["event"] == "no_such_path"]
-    assert told == ["warning", "debug"]
+            connect(live, "/elsewhere")
+    wait_until(lambda: len(levels()) == 2, "the lines, which follow the answers")
+    assert levels() == ["warning", "debug"]
 
 
 async def let_in() -> None: ...
@@ -10578,6 +10581,7 @@ def test_the_client_comes_back_when_an_open_connection_is_lost(tab: Tab) -> None
 )
 def test_a_client_that_an_administrator_disconnects_stays_away(tab: Tab) -> None:
     tab.go_in()
+    wait_until(lambda: datadivr.clients, "the server to have it, too")
     (client_id,) = datadivr.clients
     tab.server.api.delete(f"/clients/{client_id}")
     tab.wait_for_state("closed")
