@@ -629,7 +629,10 @@ def _make_validator(handler: _Handler) -> _Validate | None:
         raise TypeError(f"{name}{called}: a handler takes one message") from None
     if any(isinstance(parameter.default, Dependency | Param) for parameter in parameters):
         raise TypeError(f"{name}{called}: a handler takes one message, and no dependencies")
-    annotation = parameters[0].annotation if parameters else Any
+    # A decorator may give its function more than the message, for which both have the same name.
+    outer = next(iter(called.parameters), "")
+    named = {parameter.name: parameter.annotation for parameter in parameters}
+    annotation = named.get(outer, next(iter(named.values()), Any))
     if annotation in (inspect.Parameter.empty, Any, WebSocketMessage):
         return None
     try:
@@ -670,6 +673,9 @@ async def _run_handler(
     handler, runs_in_loop, validate, seconds = registered
     if validate is not None:
         message = _validate_payload(validate, message)
+        if not isinstance(message, WebSocketMessage):
+            kind = type(message).__name__
+            raise TypeError(f"{_name_of(handler)}: its annotation makes a {kind} of a message")
     began = time.perf_counter()
     try:
         answer = handler(message) if runs_in_loop else await run_in_threadpool(handler, message)
@@ -1226,6 +1232,7 @@ class _Hub:
                 self.flush()  # what was published before it left is for it
             if not client.removed_because:  # by the flush
                 client.heard -= {room}
+                client.silent_in -= {room}
                 self._remove_member(client, room)
 
     def _remove_member(self, client: Client, room: str) -> None:
@@ -1429,10 +1436,15 @@ async def _in_server(function: Callable[..., Any], *arguments: Any) -> Any:
     loop = _hub.loop
     if loop is asyncio.get_running_loop():
         return await function(*arguments)
+    refusal = HTTPException(503, "No server runs in this process.")
     if loop is None or not loop.is_running():
-        raise HTTPException(503, "No server runs in this process.")
-    called = asyncio.run_coroutine_threadsafe(function(*arguments), loop)
-    return await asyncio.wrap_future(called)
+        raise refusal
+    answer = asyncio.wrap_future(asyncio.run_coroutine_threadsafe(function(*arguments), loop))
+    while not answer.done():
+        await asyncio.wait([answer], timeout=1)
+        if not answer.done() and not loop.is_running():  # it stopped before it came to this
+            raise refusal
+    return answer.result()
 
 
 async def broadcast(message: WebSocketMessage, sender: WebSocket | None = None) -> int:
@@ -1785,6 +1797,7 @@ async def _handle(
             handled, answer = await _run_handler(registered, message)
         finally:
             vars(message)["id"] = question_id  # whatever the handler has made of it
+        vars(handled)["id"] = question_id  # a copy, where the handler names a type
         if answer is handled and answer.to == to:
             _relay(client, answer)
         else:
@@ -1802,7 +1815,8 @@ async def _handle(
         if not client.removed_because:  # it has nobody to tell
             status = {"status": error.status_code}
             fields: dict[str, Any] = {"event_name": event_name, "level": "info"}
-            _send_error(client.id, "refused", str(error.detail), message, status, **fields)
+            text = str(error.detail).encode(errors="replace").decode()  # a file's name, perhaps
+            _send_error(client.id, "refused", text, message, status, **fields)
     except (Exception, SystemExit) as error:
         _send_handler_error(client, message, event_name, error)
 
@@ -2543,7 +2557,7 @@ export function connect({ token, onmessage, onstate, url = "ws" } = {}) {
     const { event_name, payload, message: text, from_id, id } = message;
     const question = questions.get(id);
     if (!question && id?.startsWith?.(mark)) return; // it comes too late
-    if (question && (from_id === "server" || from_id === question.to)) {
+    if (question && (from_id === "server" || from_id === question.to?.toLowerCase())) {
       if (event_name !== "error") question.resolve(message);
       else question.reject(failure(payload?.code ?? "error", text ?? "It failed.", payload));
     } else if (typeof event_name === "string") call(onmessage, message);
@@ -2555,7 +2569,7 @@ export function connect({ token, onmessage, onstate, url = "ws" } = {}) {
   }
 
   function lose(reason = "The server does not answer.") {
-    drop("lost", "The connection was lost. The server may have acted.");
+    drop();
     const seconds = Math.min(20, 2 ** failures) * (0.5 + Math.random()); // 30 at most
     failures += 1;
     schedule(open, seconds * 1000);
@@ -2563,12 +2577,12 @@ export function connect({ token, onmessage, onstate, url = "ws" } = {}) {
     else countRefusal();
   }
 
-  function drop(/** @type {string} */ code, /** @type {string} */ text) {
+  function drop() {
     clearTimeout(timer);
     if (socket) socket.onopen = socket.onmessage = socket.onclose = socket.onerror = null;
     socket?.close(); // takes minutes where nobody answers: it is not waited for
     socket = undefined;
-    for (const { reject } of questions.values()) reject(failure(code, text));
+    questions.forEach(({ reject }) => reject(failure("lost", "Lost: the server may have acted.")));
   }
 
   async function countRefusal() {
@@ -2605,7 +2619,7 @@ export function connect({ token, onmessage, onstate, url = "ws" } = {}) {
   }
 
   function close(reason = "") {
-    drop("closed", "The client is closed.");
+    drop();
     globalThis.removeEventListener?.("online", open);
     globalThis.document?.removeEventListener("visibilitychange", look);
     show("closed", reason);
@@ -2863,8 +2877,8 @@ _files["console.html"] = r"""<!doctype html>
       kept: [], // the last 200, from which the list shows what the filter lets through
     };
     const format = (number) => number.toLocaleString([], { maximumFractionDigits: 1 });
-    const roomsOf = ({ rooms = [] }) => rooms.map((room) => `#${room}`); // older nodes have none
-    const textOf = (it) => [it.address, it.user, it.id, ...roomsOf(it)].join("\n").toLowerCase();
+    const roomsOf = ({ rooms = [] }) => rooms.map((it) => `#${it}`).join(" "); // older nodes: none
+    const textOf = (it) => [it.address, it.user, it.id, roomsOf(it)].join("\n").toLowerCase();
     const isWanted = ({ name }) => name.includes(ui.wanted.value.toLowerCase());
     // JavaScript would round a large number: it goes out as it was typed.
     const asTyped = (_, it, { source }) => (typeof it === "number" ? JSON.rawJSON(source) : it);
@@ -2875,8 +2889,7 @@ _files["console.html"] = r"""<!doctype html>
       return element;
     }
 
-    async function request(path, options) {
-      const { token } = state;
+    async function request(path, options, token = state.token) {
       const headers = { Authorization: `Bearer ${token}` };
       const signal = AbortSignal.timeout(5000);
       const response = await fetch(root + path, { ...options, headers, signal }).catch(() => null);
@@ -3039,9 +3052,8 @@ _files["console.html"] = r"""<!doctype html>
       const since = new Date(connected_at).toLocaleString();
       const counts = [client.messages_received, client.messages_sent, client.buffered_bytes];
       const write = makeButton("Message", client, () => writeTo(client));
-      const remove = makeButton("Disconnect", client, () => disconnect(client));
-      const rooms = roomsOf(client).join(" ");
-      const cells = [name, rooms, node, since, ...counts.map(format), [write, " ", remove]];
+      const drop = makeButton("Disconnect", client, () => disconnect(client));
+      const cells = [name, roomsOf(client), node, since, ...counts.map(format), [write, " ", drop]];
       // A small screen shows the titles in place of the head; an empty cell's would be read for it.
       const makeCell = (content, n) => make("td", { title: content && names[n] }, content);
       const row = make("tr", {}, cells.map(makeCell));
@@ -3098,10 +3110,12 @@ _files["console.html"] = r"""<!doctype html>
     }
 
     async function watch() {
-      if (state.isWatching) return state.server?.close();
+      if (state.isWatching) return state.server.close();
       state.server?.close(); // it goes on trying where it was refused
+      const coming = (state.server = { close: () => showConnection("closed") });
       showConnection("connecting");
       const { connect } = await import(new URL("client.js", root));
+      if (state.server !== coming || !state.isWatching) return; // it was stopped meanwhile
       state.server = connect({ token: ui.ticket.value, onmessage: hear, onstate: showConnection });
     }
 

@@ -3356,6 +3356,35 @@ def test_a_decorated_handler_takes_what_its_wrapper_takes(registry: None) -> Non
         in_a_thread(handled("point", {}))
 
 
+def test_a_decorator_may_give_its_handler_more_before_the_message(registry: None) -> None:
+    async def point(user: str, message: WebSocketMessage[Point]) -> None: ...
+
+    @functools.wraps(point)
+    async def wrapper(message: Any) -> None:
+        await point("Ada", message)
+
+    datadivr.websocket_handler("point")(wrapper)
+    in_a_thread(handled("point", {"x": 1}))
+    with pytest.raises(datadivr.InvalidMessageFormat, match=r"payload\.x: Field required"):
+        in_a_thread(handled("point", {}))
+
+
+@pytest.mark.parametrize("annotation", [dict, object])
+def test_a_handler_whose_annotation_makes_no_message_is_named_and_does_not_run(
+    registry: None, annotation: Any
+) -> None:
+    ran = []
+
+    async def point(message: Any) -> None:
+        ran.append(message)
+
+    point.__annotations__["message"] = annotation
+    datadivr.websocket_handler("point")(point)
+    with pytest.raises(TypeError, match="point: its annotation makes a dict of a message"):
+        in_a_thread(handled("point", {"x": 1}))
+    assert ran == []
+
+
 def test_a_payloads_own_defaults_are_left_as_they_are(registry: None) -> None:
     heard = []
 
@@ -3451,7 +3480,11 @@ Pet = Annotated[Cat | Dog | Fish, Field(discriminator="kind")]
 SECRET = "4111-1111-1111-1111"
 
 
-@promise("Sentences about wrong fields name keys of what was sent, and no values.")
+@promise(
+    "Sentences about wrong fields name keys of what was sent.",
+    "Of its values they hold the name of a wrong room, and the tag by which pydantic chooses "
+    "among models, and no other.",
+)
 @pytest.mark.parametrize(
     "payload",
     [
@@ -3475,6 +3508,21 @@ def test_an_answer_about_a_payload_is_short_and_holds_none_of_its_values(
     assert len(answer["message"]) <= 500
     assert SECRET not in answer["message"] + repr(logged)
     assert len(repr(logged)) < 5000
+
+
+@promise(
+    "Of its values they hold the name of a wrong room, and the tag by which pydantic chooses "
+    "among models, and no other."
+)
+def test_an_answer_about_a_wrong_tag_or_room_names_it(
+    registry: None, connect: Connect, live: Live
+) -> None:
+    @datadivr.websocket_handler("pet")
+    async def pet(message: WebSocketMessage[Pet]) -> None: ...
+
+    client = connect(live)
+    assert "'bird'" in ask(client, "pet", payload={"kind": "bird"})["message"]
+    assert "'a b'" in ask(client, "chat", to="#a b")["message"]
 
 
 @promise("The payload of `$disconnect` is the [reason](#metrics) that the metrics count.")
@@ -3951,6 +3999,7 @@ def test_a_handler_reads_the_id_of_its_message(connect: Connect, live: Live) -> 
         (fastapi.HTTPException(403, "Only Ada may."), 403, "Only Ada may."),
         (fastapi.HTTPException(409), 409, "Conflict"),
         (StarletteHTTPException(404, "There is no such table."), 404, "There is no such table."),
+        (fastapi.HTTPException(404, "No caf\udce9.txt"), 404, "No caf?.txt"),  # of `os.listdir`
     ],
 )
 @pytest.mark.parametrize("plain", [False, True])
@@ -4063,6 +4112,15 @@ def test_a_message_has_its_answer_whatever_its_handler_makes_of_its_id(
     async def forget(message: WebSocketMessage) -> None:
         message.id = None
 
+    @datadivr.websocket_handler("forget of a type")
+    async def forget_of_a_type(message: WebSocketMessage[int]) -> None:
+        message.id = None
+
+    @datadivr.websocket_handler("rename of a type")
+    async def rename_of_a_type(message: WebSocketMessage[int]) -> WebSocketMessage:
+        message.id = "another"
+        return message
+
     @datadivr.websocket_handler("fail")
     async def fail(message: WebSocketMessage) -> None:
         message.id = None
@@ -4078,6 +4136,9 @@ def test_a_message_has_its_answer_whatever_its_handler_makes_of_its_id(
         return message
 
     assert ask(asker, "forget", id=1) == ok(asker_id, 1)
+    for name in ("forget of a type", "rename of a type"):
+        assert ask(asker, name, payload=1, id=1, to="others") == ok(asker_id, 1)
+    assert "id" not in hear(other)
     assert [ask(asker, name, id=2)["id"] for name in ("fail", "broken")] == [2, 2]
     for to in (other_id, "others"):
         assert ask(asker, "copy", payload=to, id=3) == ok(asker_id, 3)
@@ -6098,6 +6159,13 @@ def test_joining_twice_and_leaving_what_one_is_not_in_change_nothing(
     assert hear_all(member) == hear_all(client) == []
 
 
+def test_a_client_keeps_nothing_of_a_room_that_it_has_left(loop: FakeLoop) -> None:
+    client = fake_client(FakeConnection())
+    datadivr._hub.join_room(client, "garden", listen_only=True)
+    datadivr._hub.leave_room(client, "garden")
+    assert (client.rooms, client.silent_in) == (frozenset(), frozenset())
+
+
 @promise("To join again with another `listen_only` changes that.")
 def test_whoever_joins_again_may_speak_or_not_as_the_last_time_says(
     connect: Connect, server: Process
@@ -6444,6 +6512,35 @@ def test_where_no_server_runs_a_call_says_so_and_comes_back(tmp_path: Path) -> N
         assert "POST /messages" in line
         assert count == "0"
         assert refusal == "503 No server runs in this process."
+
+
+def test_a_broadcast_of_a_thread_that_comes_in_the_loops_last_turn_does_not_hang() -> None:
+    assert "answers: [0]" in run("""
+        import asyncio, threading
+        import datadivr
+
+        begun, arrived, answers = threading.Event(), threading.Event(), []
+
+        def publish():
+            begun.wait(10)
+            news = datadivr.create_message("news", None, "all")
+            answers.append(asyncio.run(datadivr.broadcast(news)))
+
+        async def turn():
+            datadivr._hub.enter()
+            begun.set()
+            arrived.wait(10)
+
+        loop = asyncio.new_event_loop()
+        call_soon_threadsafe = loop.call_soon_threadsafe
+        loop.call_soon_threadsafe = lambda *call: (call_soon_threadsafe(*call), arrived.set())
+        thread = threading.Thread(target=publish, daemon=True)
+        thread.start()
+        loop.run_until_complete(turn())
+        loop.close()
+        thread.join(10)
+        print("answers:", answers)
+    """)
 
 
 @promise("A client that reads is not dropped for one message that is larger than the limit.")
@@ -10743,9 +10840,12 @@ def test_questions_have_the_servers_answers(tab: Tab, connect: Connect, live: Li
     asked = hear(friend)
     say(friend, "answer", payload=42, to=asked["from_id"], id=asked["id"])
     assert tab.outcome() == ["answer", 42]
+    tab.ask("question", None, {"to": id_of(friend).upper()})  # as Swift writes it
+    say(friend, "answer", payload=43, to=asked["from_id"], id=hear(friend)["id"])
+    assert tab.outcome() == ["answer", 43]
 
 
-@promise("or `timeout`, `lost` (the connection was lost, and the server may have acted)")
+@promise("or `timeout`, `lost` (the connection ended, and the server may have acted)")
 @promise("10000 ms by default")
 def test_a_question_without_an_answer_fails_in_time_and_its_late_answer_is_dropped(
     tab: Tab,
@@ -10770,7 +10870,7 @@ def test_a_question_without_an_answer_fails_in_time_and_its_late_answer_is_dropp
 @pytest.mark.parametrize(
     ("end", "code"),
     [
-        ("server.close()", "closed"),
+        ("server.close()", "lost"),
         ("latest.dispatchEvent(new CloseEvent('close'))", "lost"),
         ("ask('m', 10n)", "invalid_message"),
     ],
@@ -11511,6 +11611,19 @@ def test_who_signs_out_watches_no_more(live: Live, page: Page, connect: Connect)
     page.get_by_role("button", name="Sign out").click()
     wait_until(lambda: total(live) == 1, "the page's client to go")
     assert page.locator("#messages > *").count() == 0
+
+
+@pytest.mark.parametrize("button", ["Stop", "Sign out"])
+def test_who_stops_before_the_connection_begins_watches_no_more(
+    live: Live, page: Page, button: str
+) -> None:
+    open_console(page, live)
+    page.evaluate(
+        "(name) => (ui.watch.click(), (name === 'Stop' ? ui.watch : ui.leave).click())", button
+    )
+    page.evaluate("import(new URL('client.js', root)).then(() => {})")
+    assert page.evaluate("'ask' in state.server") is False
+    expect(page.locator("#connection")).to_have_text("Connection: closed")
 
 
 def test_a_thousand_messages_a_second_do_not_hold_up_the_page(
@@ -12324,6 +12437,37 @@ def test_the_page_of_the_readme_gets_what_it_missed_in_order_or_begins_anew(
         post("/forget")
         post("/publish", text="kept")
         wait_for(["kept"])  # it has loaded again
+
+
+def test_the_page_of_the_readme_asks_again_for_what_it_missed_where_the_handler_failed(
+    recipes: Process, browser: Browser
+) -> None:
+    failures = [0, 0]
+
+    def pass_on(route: WebSocketRoute) -> None:
+        server = route.connect_to_server()
+
+        def answer(message: str | bytes) -> None:
+            asked = json.loads(message)
+            if asked["event_name"] == "come" and failures:
+                failures.pop()
+                payload = {"code": "handler_error"}
+                fields = {"to": "", "from_id": "server", "message": "It failed.", "id": asked["id"]}
+                route.send(json.dumps({"event_name": "error", "payload": payload} | fields))
+            else:
+                server.send(message)
+
+        route.on_message(answer)
+
+    http.post(f"{recipes.url}/publish", params={"text": "missed"})
+    with browser.new_context() as context:
+        page = context.new_page()
+        page.route_web_socket(re.compile("/ws$"), pass_on)
+        page.goto(f"{recipes.url}/missed")
+        expect(page.get_by_text("missed").last).to_be_visible()
+        http.post(f"{recipes.url}/publish", params={"text": "live"})
+        expect(page.get_by_text("live").last).to_be_visible()
+    assert failures == []
 
 
 @promise("or one failure would end the clock")
