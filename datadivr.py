@@ -412,7 +412,7 @@ _Validate = Callable[[str | bytes], Any]
 
 
 def _describe_faults(error: ValidationError) -> str:
-    """Name the wrong fields, without their values, in 500 characters at most."""
+    """Name the wrong fields in 500 characters at most; few of pydantic's texts quote a value."""
     if error.error_count() > 20:  # a megabyte can hold a hundred thousand
         return f"{error.error_count()} fields are wrong"
     faults = []
@@ -629,7 +629,7 @@ def _make_validator(handler: _Handler) -> _Validate | None:
         raise TypeError(f"{name}{called}: a handler takes one message") from None
     if any(isinstance(parameter.default, Dependency | Param) for parameter in parameters):
         raise TypeError(f"{name}{called}: a handler takes one message, and no dependencies")
-    # A decorator may give its function more than the message, for which both have the same name.
+    # A decorator may give its function more than the message: the parameter that both name alike.
     outer = next(iter(called.parameters), "")
     named = {parameter.name: parameter.annotation for parameter in parameters}
     annotation = named.get(outer, next(iter(named.values()), Any))
@@ -1440,9 +1440,8 @@ async def _in_server(function: Callable[..., Any], *arguments: Any) -> Any:
     if loop is None or not loop.is_running():
         raise refusal
     answer = asyncio.wrap_future(asyncio.run_coroutine_threadsafe(function(*arguments), loop))
-    while not answer.done():
-        await asyncio.wait([answer], timeout=1)
-        if not answer.done() and not loop.is_running():  # it stopped before it came to this
+    while not (await asyncio.wait([answer], timeout=1))[0]:
+        if not loop.is_running():  # it stopped before it came to this
             raise refusal
     return answer.result()
 

@@ -3482,8 +3482,8 @@ SECRET = "4111-1111-1111-1111"
 
 @promise(
     "Sentences about wrong fields name keys of what was sent.",
-    "Of its values they hold the name of a wrong room, and the tag by which pydantic chooses "
-    "among models, and no other.",
+    "Of its values they quote only a wrong room, and those that pydantic quotes: a tag that "
+    "chooses among models, a time zone, an import's path.",
 )
 @pytest.mark.parametrize(
     "payload",
@@ -3511,10 +3511,10 @@ def test_an_answer_about_a_payload_is_short_and_holds_none_of_its_values(
 
 
 @promise(
-    "Of its values they hold the name of a wrong room, and the tag by which pydantic chooses "
-    "among models, and no other."
+    "Of its values they quote only a wrong room, and those that pydantic quotes: a tag that "
+    "chooses among models, a time zone, an import's path."
 )
-def test_an_answer_about_a_wrong_tag_or_room_names_it(
+def test_an_answer_about_a_wrong_room_tag_or_time_zone_quotes_it(
     registry: None, connect: Connect, live: Live
 ) -> None:
     @datadivr.websocket_handler("pet")
@@ -3522,6 +3522,7 @@ def test_an_answer_about_a_wrong_tag_or_room_names_it(
 
     client = connect(live)
     assert "'bird'" in ask(client, "pet", payload={"kind": "bird"})["message"]
+    assert "Bird/Sea" in ask(client, "pet", payload={"kind": "fish", "zone": "Bird/Sea"})["message"]
     assert "'a b'" in ask(client, "chat", to="#a b")["message"]
 
 
