@@ -1241,17 +1241,6 @@ def objects_and_bytes(process: Process) -> tuple[int, int]:
     return objects, size
 
 
-@contextlib.contextmanager
-def chromium() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=find("chromium"),
-            args=["--no-sandbox", "--disable-background-networking"],
-        )
-        yield browser
-        browser.close()
-
-
 GOOD_ROOMS = ["a", "x" * 100, "user:ada", "é漢😀", "all", "others", "a.b-c_d~", "%23?&+=", "{}"]
 
 
@@ -1275,8 +1264,13 @@ class WrappedReceive:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    with chromium() as running:
+    with sync_playwright() as playwright:
+        running = playwright.chromium.launch(
+            executable_path=find("chromium"),
+            args=["--no-sandbox", "--disable-background-networking"],
+        )
         yield running
+        running.close()
 
 
 HASTE = """
@@ -4780,7 +4774,7 @@ def poured(client: ClientConnection) -> int:
 
 
 @contextlib.contextmanager
-def node_client(url: str) -> Iterator[Callable[[], tuple[str, int]]]:
+def node_client(url: str, _: object) -> Iterator[Callable[[], tuple[str, int]]]:
     node_path = shutil.which("node")
     check = [node_path or "", "-e", "require('ws')"]
     need(
@@ -4793,9 +4787,11 @@ def node_client(url: str) -> Iterator[Callable[[], tuple[str, int]]]:
 
 
 @contextlib.contextmanager
-def chromium_client(url: str) -> Iterator[Callable[[], tuple[str, int]]]:
-    with chromium() as browser:
-        page = browser.new_page()
+def chromium_client(
+    url: str, request: pytest.FixtureRequest
+) -> Iterator[Callable[[], tuple[str, int]]]:
+    browser: Browser = request.getfixturevalue("browser")
+    with browser.new_page() as page:
         page.goto(url.replace("ws://", "http://").replace("/own", "/healthz"))
         page.evaluate(POURED_IN_A_PAGE, url)
         yield lambda: tuple(page.evaluate("window.poured"))
@@ -4803,7 +4799,7 @@ def chromium_client(url: str) -> Iterator[Callable[[], tuple[str, int]]]:
 
 @pytest.mark.parametrize("foreign", [node_client, chromium_client])
 def test_clients_with_and_without_compression_all_get_what_was_sent(
-    tmp_path: Path, foreign: Callable[[str], Any]
+    tmp_path: Path, request: pytest.FixtureRequest, foreign: Callable[..., Any]
 ) -> None:
     (tmp_path / "application.py").write_text(textwrap.dedent(POUR))
     settings: Json = {"DATADIVR_MAX_BUFFER_BYTES": str(1 << 28)}
@@ -4813,7 +4809,7 @@ def test_clients_with_and_without_compression_all_get_what_was_sent(
     ):
         process.wait_until_up()
         url = f"ws://127.0.0.1:{process.port}/own"
-        foreign_poured = stack.enter_context(foreign(url))
+        foreign_poured = stack.enter_context(foreign(url, request))
         offers = [
             ClientPerMessageDeflateFactory(server_max_window_bits=bits) for bits in range(9, 16)
         ]
