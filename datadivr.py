@@ -2518,7 +2518,7 @@ _files["client.js"] = r"""/**
  * @typedef {{ event_name: string, payload: any, to: string, from_id: string,
  *   message: string | null, id?: number | string }} Message
  * @typedef {{ to?: string, message?: string | null, id?: number | string }} Fields
- * @typedef {Fields & { timeout?: number }} Question `timeout` is in milliseconds
+ * @typedef {Fields & { timeout?: number }} Question `timeout` is in milliseconds, 24 days at most
  * @typedef {"connecting" | "open" | "refused" | "closed"} State
  * @param {{ token?: string | null, onmessage?: (message: Message) => void, url?: string | URL,
  *   onstate?: (state: State, reason: string) => void }} [options]
@@ -2612,7 +2612,7 @@ export function connect({ token, onmessage, onstate, url = "ws" } = {}) {
     send(event_name, payload, { ...fields, id });
     const { to } = fields;
     const late = failure("timeout", "No answer came in time.");
-    const limit = setTimeout(() => questions.get(id)?.reject(late), timeout);
+    const limit = setTimeout(() => questions.get(id)?.reject(late), Math.min(timeout, 2 ** 31 - 1));
     const answer = new Promise((resolve, reject) => questions.set(id, { to, resolve, reject }));
     return answer.finally(() => clearTimeout(limit)).finally(() => questions.delete(id));
   }

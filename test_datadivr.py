@@ -10928,6 +10928,16 @@ def test_questions_have_the_servers_answers(tab: Tab, connect: Connect, live: Li
     assert tab.outcome() == ["answer", 43]
 
 
+def test_a_question_may_wait_without_an_end(tab: Tab, connect: Connect, live: Live) -> None:
+    tab.go_in()
+    friend = connect(live)
+    tab.page.evaluate("(to) => ask('question', null, { to, timeout: Infinity })", id_of(friend))
+    asked = hear(friend)
+    tab.run_for(1000)  # a browser takes a longer timer than it knows for one that ends at once
+    say(friend, "answer", payload=42, to=asked["from_id"], id=asked["id"])
+    assert tab.outcome() == ["answer", 42]
+
+
 @promise("or `timeout`, `lost` (the connection ended, and the server may have acted)")
 @promise("10000 ms by default")
 def test_a_question_without_an_answer_fails_in_time_and_its_late_answer_is_dropped(
