@@ -2384,7 +2384,7 @@ def test_a_handler_that_holds_up_the_loop_is_named_once_with_the_seconds(
 
     wait_until(lambda: any(1.5 < seconds < 6 for seconds in told()), "the line")
     assert told() == [round(seconds, 1) for seconds in told()]
-    assert len(records.named("loop_blocked")) <= 1  # a busy machine may have had this minute's
+    assert len(records.named("loop_blocked")) == 1  # whatever else a busy machine holds up
 
 
 @promise(
@@ -5346,10 +5346,10 @@ def test_older_websockets_name_the_limit_otherwise() -> None:
 # ---- Clients: `pytest -m clients` ----------------------------------------------------------------
 
 
-def begin_second(client_id: str, ahead: float) -> None:
-    """Begin the second in which a client's messages are counted, so that it does not end before."""
+def begin_second(client_id: str) -> None:
+    """Begin the second in which a client's messages are counted, and let it not end by itself."""
     client = datadivr.clients[client_id]
-    client.second_began = time.monotonic() + ahead
+    client.second_began = time.monotonic() + LIMIT
     client.messages_this_second = 0
 
 
@@ -5361,7 +5361,7 @@ def test_messages_over_the_rate_are_dropped_with_one_error_a_second(
     before = metrics(live)['errors_total{type="rate_limited"}']
     client = connect(live)
     client_id = id_of(client)
-    begin_second(client_id, LIMIT)
+    begin_second(client_id)
     sent = [{"event_name": "m", "payload": n, "to": "all"} for n in range(3 + dropped)]
     client.socket.sendall(b"".join(masked(json.dumps(message)) for message in sent))
     heard = [hear(client) for _ in range(4)]
@@ -5370,8 +5370,7 @@ def test_messages_over_the_rate_are_dropped_with_one_error_a_second(
     assert heard[3]["message"] == "More than 3 messages a second: dropped."
     counted = 'errors_total{type="rate_limited"}'
     wait_until(lambda: metrics(live)[counted] - before == dropped, "the count")
-    datadivr.clients[client_id].second_began -= LIMIT
-    time.sleep(1)
+    datadivr.clients[client_id].second_began -= LIMIT + 1
     assert ask(client, "m", payload="again", to="all")["payload"] == "again"
 
 
@@ -5443,7 +5442,7 @@ def test_a_message_over_the_rate_has_an_error_with_its_id(
     configure(max_messages_per_second=1)
     client = connect(live)
     client_id = id_of(client)
-    begin_second(client_id, LIMIT)
+    begin_second(client_id)
     say(client, "m", id="first", to="all")
     say(client, "m", id="second", to="all")
     assert hear(client)["event_name"] == "m"
