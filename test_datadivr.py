@@ -810,7 +810,11 @@ def server(
     with Process(*SERVERS[request.param], cwd=folder) as process:
         process.wait_until_up()
         yield process
-        process.stop()
+        try:
+            process.stop()
+        except subprocess.TimeoutExpired:
+            if request.param != "granian":  # which may hang with any application
+                raise
         for complaint in (
             "Exception in ASGI",
             "Error in ASGI",
