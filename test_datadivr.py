@@ -845,10 +845,6 @@ class Records(logging.Handler):
         found = [vars(record)["datadivr"] for record in self.every if record.levelno >= level]
         return [fields for fields in found if fields["event"] == event]
 
-    def has(self, event: str, number: int) -> bool:
-        """Tell whether an event has so many records."""
-        return len(self.named(event, logging.DEBUG)) == number
-
 
 @pytest.fixture
 def records() -> Iterator[Records]:
@@ -2311,17 +2307,18 @@ def test_a_line_about_a_client_names_its_user_where_that_is_known(
 
     datadivr.app.dependency_overrides[datadivr.authorize_client] = authorize
     try:
-        for number, path in enumerate(("/ws?user=Ada", "/ws"), 1):
+        for path in ("/ws?user=Ada", "/ws"):
             client = connect(live, path)
             client.send("5")
             hear(client)
             ask(client, "fail")
             ask(client, "m", to="nobody")
             client.close()
-            ended = functools.partial(records.has, "client_disconnected", number)
-            wait_until(ended, "its end")
+            wait_until(lambda: not datadivr.clients, "its end")
     finally:
         datadivr.app.dependency_overrides.clear()
+    ends = functools.partial(records.named, "client_disconnected", logging.DEBUG)
+    wait_until(lambda: len(ends()) == 2, "their last lines")
     about = [*sorted(LINES), "handler_error", "unknown_recipient"]
     users = [
         [fields.get("user") for fields in records.named(name, logging.DEBUG)] for name in about
